@@ -1,0 +1,27 @@
+"""`python -m loadtest COMMAND`: measurements of a running cluster. Each command says what it needs with `-h`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from loadtest import compare, handoff, model, soak
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
+    "compare": (compare.add_arguments, compare.run, "a split cluster against an unsplit one, in turns"),
+    "handoff": (handoff.add_arguments, handoff.run, "from the end of prefill to decode's first step, against memcpy"),
+    "soak": (soak.add_arguments, soak.run, "mixed load for an hour: right texts, flat memory"),
+    "model": (model.add_arguments, model.run, "make a random model with a KV cache of a chosen size"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (add_arguments, _, text) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args()
+    return COMMANDS[args.command][1](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

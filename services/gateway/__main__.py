@@ -1,0 +1,116 @@
+"""The gateway's process: settings in, everything wired together, and the way out on SIGTERM.
+
+Exit codes: 0 after a drain, 2 for bad configuration (one line on stderr says what to do).
+"""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+import uuid
+
+import uvicorn
+import uvloop
+
+from services.gateway.app import Front
+from services.gateway.chores import Chores
+from services.gateway.edge.tokens import ChatTokenizer
+from services.gateway.gateway import Gateway
+from services.gateway.metrics import Metrics
+from shared import settings as configuration
+from shared import telemetry
+from shared.bus import Bus
+from shared.errors import SettingsError
+from shared.probes import listen
+from shared.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    try:
+        settings = configuration.load(GatewaySettings)
+        check_exposure(settings)
+        telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        log.info("settings %s", configuration.shown(settings))
+        provider = telemetry.start("gateway", settings.id)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(settings))
+        finally:
+            provider.shutdown()
+    except SettingsError as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        return 2
+    return 0
+
+
+def check_exposure(settings: GatewaySettings) -> None:
+    """Without keys only loopback is served. Raises SettingsError."""
+    if settings.allow_anonymous or settings.host == "localhost":
+        return
+    try:
+        loopback = ipaddress.ip_address(settings.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise SettingsError(
+            f"setting 'host': {settings.host} is not loopback and no keys are configured; "
+            "set BATON_ALLOW_ANONYMOUS=true to serve everybody"
+        )
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Until SIGTERM or SIGINT. Raises SettingsError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    listener = listen(settings.host, settings.port, setting="port")
+    try:
+        tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
+        bus = await Bus.connect(settings.nats_url, f"gateway-{settings.id}")
+    except SettingsError:
+        listener.close()
+        raise
+    model = configuration.served_name(settings.model, settings.served_model_name)
+    try:
+        async with Chores() as chores:
+            metrics = Metrics(model)
+            gateway = Gateway(settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores)
+            await gateway.listen()
+            await _run(gateway, listener, stop)
+    finally:
+        await bus.close()
+
+
+async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
+    settings = gateway.settings
+    config = uvicorn.Config(
+        Front(gateway),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    async with asyncio.TaskGroup() as tasks:
+        # The service owns its signals, so uvicorn's own `serve` with its handlers is not used.
+        serving = tasks.create_task(server._serve([listener]))  # noqa: SLF001
+        watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{url}/metrics"))
+        log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
+        await stop.wait()
+        log.info("draining, for at most %g s", settings.drain_s)
+        await gateway.drain(settings.drain_s)
+        server.should_exit = True
+        await serving
+        watching.cancel()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

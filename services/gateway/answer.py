@@ -1,0 +1,48 @@
+"""Rows and the end of a request, on their way to the client: as events while they come, or all at once."""
+
+import asyncio
+from typing import Protocol
+
+from services.gateway.edge.render import DONE, Collector, EventWriter, Form, Usage
+from services.gateway.exchange import Exchange
+from services.gateway.streams import Row
+
+
+class Answer(Protocol):
+    async def rows(self, rows: list[Row]) -> None: ...
+
+    async def end(self, usage: Usage) -> None: ...
+
+
+class Streamed:
+    def __init__(self, exchange: Exchange, form: Form) -> None:
+        self._exchange = exchange
+        self._events = EventWriter(form)
+        self._turn = asyncio.Lock()  # legs write side by side
+
+    async def rows(self, rows: list[Row]) -> None:
+        async with self._turn:
+            data = self._events.rows(rows)
+            if not self._exchange.started:
+                await self._exchange.open_stream()
+            if data:
+                await self._exchange.write(data)
+
+    async def end(self, usage: Usage) -> None:
+        await self._exchange.close(self._events.usage(usage) + self._exchange.receipt.comment() + DONE)
+
+
+class Whole:
+    def __init__(self, exchange: Exchange, form: Form) -> None:
+        self._exchange = exchange
+        self._collector = Collector(form)
+
+    async def rows(self, rows: list[Row]) -> None:
+        self._collector.rows(rows)
+
+    async def end(self, usage: Usage) -> None:
+        await self._exchange.answer(200, self._collector.body(usage))
+
+
+def answer(exchange: Exchange, form: Form) -> Answer:
+    return Streamed(exchange, form) if exchange.streams else Whole(exchange, form)

@@ -1,0 +1,123 @@
+"""The HTTP face: FastAPI for what is not hot and for the OpenAPI page, plain ASGI for the two routes that are.
+
+FastAPI's routing and dependency layer costs 130-180 microseconds a request: the hot routes are answered before it,
+and appear in its document through stand-ins with the same models.
+"""
+
+import time
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from services.gateway import http_errors
+from services.gateway.edge.requests import Body, ChatBody, CompletionBody
+from services.gateway.exchange import Exchange
+from services.gateway.gateway import Gateway
+from services.gateway.journey import Journey
+from shared.errors import BatonError, ModelNotFound, RequestError
+from shared.version import VERSION
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HOT: dict[str, type[Body]] = {CHAT: ChatBody, COMPLETIONS: CompletionBody}
+
+
+class Front:
+    """The application that uvicorn serves."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._rest: ASGIApp = rest(gateway)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = HOT.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if kind is None:
+            await self._rest(scope, receive, send)
+            return
+        settings = self._gateway.settings
+        exchange = Exchange(scope, receive, send, max_body_bytes=settings.max_body_bytes, idle_s=settings.header_wait_s)
+        await Journey(self._gateway, exchange, kind).run()
+
+
+def rest(gateway: Gateway) -> FastAPI:
+    app = FastAPI(title="Baton", version=VERSION, description="OpenAI-compatible; prefill and decode run apart.")
+    started = int(time.time())
+
+    def model() -> dict[str, object]:
+        return {
+            "id": gateway.model,
+            "object": "model",
+            "created": started,
+            "owned_by": "baton",
+            "root": gateway.model,
+            "max_model_len": gateway.fleet.max_model_len or None,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        return {"object": "list", "data": [model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, object]:
+        if name != gateway.model:
+            raise ModelNotFound("the model does not exist here; GET /v1/models lists what does", param="model")
+        return model()
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        reason = gateway.not_ready()
+        return JSONResponse(
+            {"ready": reason is None, "reason": reason},
+            status_code=HTTPStatus.OK if reason is None else HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    _document_hot_routes(app)
+    app.add_exception_handler(BatonError, _baton_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    return app
+
+
+def _document_hot_routes(app: FastAPI) -> None:
+    """Never called: `Front` answers these paths first."""
+
+    @app.post(CHAT, summary="Chat completion, streamed or not")
+    async def chat(body: ChatBody) -> dict[str, object]:
+        raise NotImplementedError
+
+    @app.post(COMPLETIONS, summary="Text completion, streamed or not")
+    async def completion(body: CompletionBody) -> dict[str, object]:
+        raise NotImplementedError
+
+
+async def _baton_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, BatonError):
+        raise error
+    status, headers, body = http_errors.render(error)
+    return Response(
+        body,
+        status_code=status,
+        headers={name.decode(): value.decode() for name, value in headers},
+        media_type="application/json",
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the shape that every other error has."""
+    if not isinstance(error, HTTPException):
+        raise error
+    response = await _baton_error(request, RequestError(HTTPStatus(error.status_code).phrase.lower()))
+    response.status_code = error.status_code
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,208 @@
+"""Who is alive and how busy, from heartbeats: a pure failure detector with the load that this gateway knows of.
+
+Three beats missed: `suspect`, nothing new is placed there. Then a ping that stays unanswered for PING_S, or finds no
+responder, means lost; a store that saw the worker's socket close means lost at once; a new incarnation of an id means
+that the old one died. Invariants: time is an argument; whoever watches a worker is told of its loss exactly once;
+what this gateway sent to a worker counts there until a reply, or the second beat after it, includes it.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from services.gateway.placement import Candidate
+from shared import wire
+
+BEAT_S = 0.2
+SUSPECT_S = 3.5 * BEAT_S  # three beats missed, and half a beat of grace
+PING_S = 2.0
+DEAF_S = 1.0  # beats that were under way when a store reported the loss are not a resurrection
+
+OnLoss = Callable[[], None]
+
+
+@dataclass(slots=True)
+class Charge:
+    """Load of one job, counted by this gateway until the worker counts it itself."""
+
+    worker: str
+    jobs: int
+    tokens: int
+    sent: bool = False
+    beats: int = 0  # heard since it was sent
+    open: bool = True
+
+
+@dataclass(slots=True)
+class _Worker:
+    beat: wire.Heartbeat
+    seen_at: float
+    beats: int = 0
+    suspect: bool = False
+    backlog: wire.Backlog = field(default_factory=wire.Backlog)
+    charges: list[Charge] = field(default_factory=list)
+    watchers: set[OnLoss] = field(default_factory=set)
+
+
+class Fleet:
+    def __init__(self, model: str) -> None:
+        """`model`: the served name; workers of another model are not ours."""
+        self._model = model
+        self._workers: dict[str, _Worker] = {}
+        self._deaf_until: dict[str, float] = {}
+        self._listeners: list[Callable[[], None]] = []
+        self.max_model_len = 0  # the smallest that a worker has announced
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Called whenever a request that had to wait may fit now."""
+        self._listeners.append(listener)
+
+    # ---- what is heard -------------------------------------------------------------------------------------
+
+    def hear(self, beat: wire.Heartbeat, now: float) -> None:
+        if beat.role == "kv":
+            for worker in beat.lost:
+                self._deaf_until[worker] = now + DEAF_S
+                self.lose(worker)
+            return
+        if beat.role not in ("prefill", "decode") or (beat.model and beat.model != self._model):
+            return
+        if self._deaf_until.get(beat.id, 0.0) > now:
+            return
+        self._deaf_until.pop(beat.id, None)
+        known = self._workers.get(beat.id)
+        if known is not None and known.beat.incarnation != beat.incarnation:
+            self.lose(beat.id)
+            known = None
+        if known is None:
+            known = self._workers[beat.id] = _Worker(beat, now)
+        self._refresh(known, beat, now)
+        self._changed()
+
+    def report(self, worker: str, backlog: wire.Backlog) -> None:
+        """A reply or batch tells the load more freshly than the last beat."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.backlog = backlog
+
+    def excuse(self, now: float) -> None:
+        """Our own bus was away: silence until now says nothing about workers."""
+        for worker in self._workers.values():
+            worker.seen_at = max(worker.seen_at, now)
+
+    def check(self, now: float) -> list[str]:
+        """Suspect those who are late; returns whom to ping."""
+        late = [name for name, worker in self._workers.items() if now - worker.seen_at > SUSPECT_S]
+        for name in late:
+            self._workers[name].suspect = True
+        return late
+
+    def lose(self, worker: str) -> None:
+        """It is gone: tell everybody who uses it."""
+        lost = self._workers.pop(worker, None)
+        if lost is None:
+            return
+        watchers, lost.watchers = lost.watchers, set()
+        for tell in watchers:
+            tell()
+        self._changed()
+
+    # ---- what is asked -------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        """Those who may be given work now."""
+        return [self._candidate(name, worker) for name, worker in self._workers.items() if _usable(worker)]
+
+    def has(self, work: str, besides: Collection[str] = ()) -> bool:
+        """Is anybody there who takes this work, busy, or silent for a moment and not lost yet?
+
+        A suspect gets nothing new, but a worker whose machine is busy misses beats and comes back: requests wait
+        for the failure detector's word, which takes seconds, and are not refused on suspicion.
+        """
+        return any(
+            work in worker.beat.takes and worker.beat.state == "ready"
+            for name, worker in self._workers.items()
+            if name not in besides
+        )
+
+    def beats(self, worker: str) -> int:
+        """How often this worker has been heard; grows with every beat."""
+        known = self._workers.get(worker)
+        return known.beats if known is not None else 0
+
+    def states(self) -> dict[tuple[str, str], int]:
+        """(role, state) -> how many, for `baton_workers`."""
+        counts: dict[tuple[str, str], int] = {}
+        for worker in self._workers.values():
+            key = (worker.beat.role, "lost" if worker.suspect else worker.beat.state)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    def charge(self, worker: str, *, jobs: int, tokens: int) -> Charge:
+        charge = Charge(worker, jobs, tokens)
+        known = self._workers.get(worker)
+        if known is not None:
+            known.charges.append(charge)
+        return charge
+
+    def settle(self, charge: Charge) -> None:
+        """The worker counts it now, or it never will."""
+        if not charge.open:
+            return
+        charge.open = False
+        known = self._workers.get(charge.worker)
+        if known is not None and charge in known.charges:
+            known.charges.remove(charge)
+
+    @contextmanager
+    def watching(self, worker: str, on_loss: OnLoss) -> Iterator[None]:
+        """Within, `on_loss` is called when the worker is lost; at once if it is not there any more."""
+        known = self._workers.get(worker)
+        if known is None:
+            on_loss()
+            yield
+            return
+        known.watchers.add(on_loss)
+        try:
+            yield
+        finally:
+            known.watchers.discard(on_loss)
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _refresh(self, worker: _Worker, beat: wire.Heartbeat, now: float) -> None:
+        worker.beat = beat
+        worker.seen_at = now
+        worker.suspect = False
+        worker.backlog = beat.backlog
+        worker.beats += 1
+        for charge in worker.charges:
+            charge.beats += charge.sent
+        # The first beat after a job may have been under way when it was sent; the second has seen it.
+        worker.charges = [charge for charge in worker.charges if charge.beats < 2]
+        if beat.max_model_len:
+            self.max_model_len = min(self.max_model_len or beat.max_model_len, beat.max_model_len)
+
+    def _candidate(self, name: str, worker: _Worker) -> Candidate:
+        beat = worker.beat
+        return Candidate(
+            id=name,
+            node=beat.node,
+            takes=frozenset(beat.takes),
+            fingerprint=beat.fingerprint,
+            jobs=worker.backlog.running + worker.backlog.waiting + sum(c.jobs for c in worker.charges),
+            queued_tokens=worker.backlog.queued_tokens + sum(c.tokens for c in worker.charges),
+            max_running=beat.max_running,
+            max_waiting=beat.max_waiting,
+            kv_usage=beat.kv_usage,
+            prefill_tokens_per_s=beat.prefill_tokens_per_s,
+            decode_step_s=beat.decode_step_s,
+        )
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+
+def _usable(worker: _Worker) -> bool:
+    return not worker.suspect and worker.beat.state == "ready"

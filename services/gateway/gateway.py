@@ -1,0 +1,299 @@
+"""What all requests of one gateway share: who is alive, who waits, whose tokens arrive.
+
+Invariants: a question to a worker ends at once when that worker is lost; what is sent to a worker is charged to it
+in the same step in which it is placed; beats, pings and deadlines on progress are one task.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING, TypeVar
+
+from services.gateway.admission import Snapshot, retry_after_s
+from services.gateway.chores import Chores
+from services.gateway.edge.tokens import ChatTokenizer
+from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
+from services.gateway.metrics import Metrics
+from services.gateway.placement import place, prefillers
+from services.gateway.queue import Queue, Seat, Waiting
+from services.gateway.streams import Streams
+from shared import subjects, wire
+from shared.bus import Bus
+from shared.errors import BatonError, DeadlineInfeasible, Draining, KvMemory, NoCapacity, Refused, Timeout, WorkerLost
+from shared.settings import GatewaySettings
+from shared.version import VERSION
+
+if TYPE_CHECKING:
+    from services.gateway.journey import Journey
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=wire.Message)
+
+CANCEL_S = 5.0
+GOODBYE_S = 2.0  # for the last error events to be written
+RATE_WINDOW = 64  # requests over which the service rate is taken
+
+
+class Gateway:
+    """Create, then `listen` and run `watch` beside the HTTP server."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        model: str,
+        *,
+        bus: Bus,
+        tokenizer: ChatTokenizer,
+        metrics: Metrics,
+        chores: Chores,
+    ) -> None:
+        self.settings = settings
+        self.model = model  # served name
+        self.bus = bus
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+        self.chores = chores
+        self.fleet = Fleet(model)
+        self.fleet.on_change(self._fleet_changed)
+        self.queue = Queue(self._seat, self.unseat)
+        self.streams = Streams(self.cancel)
+        self.journeys: set[Journey] = set()
+        self._prompts = 0  # of all journeys: each takes a place
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._heard_self_at = float("-inf")
+        self._reconnects = bus.reconnects  # as seen last
+        self.draining = False
+        self.seen_path = False
+        self.random = Random()  # noqa: S311 - breaks ties between workers
+        self._change = asyncio.Event()
+        self._finished: deque[float] = deque(maxlen=RATE_WINDOW)
+        metrics.live(
+            active=lambda: len(self.journeys),
+            queued=lambda: len(self.queue),
+            workers=self.fleet.states,
+            dropped=lambda: bus.bad_messages + self.streams.bad_rows,
+        )
+
+    async def listen(self) -> None:
+        await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
+        await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.bus.flush()
+
+    async def watch(self, incarnation: str, metrics_url: str) -> None:
+        """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
+        pinging: set[str] = set()
+        while True:
+            now = time.monotonic()
+            self._look_at_bus(now)
+            if self._hears(now):
+                for worker in self.fleet.check(now):
+                    if worker not in pinging:
+                        pinging.add(worker)
+                        self.chores.start(self._ping(worker, pinging))
+            else:
+                self.fleet.excuse(now)
+            self.streams.check(now, self.settings.progress_s)
+            with contextlib.suppress(BatonError):  # the bus is away; it will be back
+                await self._beat(incarnation, metrics_url)
+            await asyncio.sleep(BEAT_S)
+
+    # ---- for admission and placement -----------------------------------------------------------------------
+
+    def not_ready(self) -> str | None:
+        """Why a load balancer should send nobody here; None when it may."""
+        if self.draining:
+            return "draining"
+        return None if self.seen_path else "no complete path through the cluster has been ready yet"
+
+    def snapshot(self, more: int = 0) -> Snapshot:
+        """`more`: prompts that a request has beyond its first."""
+        span = time.monotonic() - self._finished[0] if self._finished else 0.0
+        return Snapshot(
+            draining=self.draining,
+            connected=self.bus.connected,
+            decode_alive=self.fleet.has("decode"),
+            requests=self._prompts - 1 + more,  # the one that asks is among them
+            max_requests=self.settings.max_requests,
+            queued=len(self.queue),
+            served_per_s=len(self._finished) / span if span > 0 else 0.0,
+        )
+
+    def refusal(self, last_busy: str) -> Refused:
+        """Why a request that waited for its full time got no place."""
+        snapshot = self.snapshot()
+        again = retry_after_s(snapshot)
+        if not snapshot.decode_alive:
+            return NoCapacity("no decode worker is alive", retry_after_s=again)
+        if last_busy == KvMemory.code:
+            return KvMemory("no worker has memory for this prompt now", retry_after_s=again)
+        return DeadlineInfeasible("no worker had room in time", retry_after_s=again)
+
+    def unseat(self, seat: Seat) -> None:
+        for charge in seat.charges.values():
+            self.fleet.settle(charge)
+
+    def other_prefiller(self, tried: set[str], decode: str) -> str | None:
+        """Who could take over a prefill job now."""
+        able = prefillers(self.fleet.candidates(), tried | {decode}, self.random)
+        return able[0].id if able else None
+
+    async def fleet_change(self) -> None:
+        """Until the fleet is not what it was: a beat came, a worker was lost."""
+        await self._change.wait()
+
+    def join(self, journey: "Journey") -> None:
+        self.journeys.add(journey)
+        self._prompts += 1
+        self._idle.clear()
+
+    def more_prompts(self, count: int) -> None:
+        self._prompts += count
+
+    def leave(self, journey: "Journey", *, served: bool) -> None:
+        """A request has gone: perhaps another fits."""
+        self.journeys.discard(journey)
+        self._prompts -= journey.prompts
+        if served:
+            self._finished.append(time.monotonic())
+        if not self.journeys:
+            self._idle.set()
+        self.queue.pump()
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse what is new, let what runs finish, end the rest with an error that says why."""
+        self.draining = True
+        if await self._empty(grace_s):
+            return
+        for journey in list(self.journeys):
+            journey.abort(Draining("this gateway is shutting down"))
+        await self._empty(GOODBYE_S)
+
+    async def _empty(self, wait_s: float) -> bool:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- to workers ----------------------------------------------------------------------------------------
+
+    async def ask(
+        self, worker: str, subject: str, message: wire.Message, expect: type[M], *, timeout_s: float
+    ) -> M | wire.Busy:
+        """Bus.request that ends at once, with WorkerLost, when the fleet says that the worker is gone."""
+        gone = False
+        try:
+            async with asyncio.timeout(timeout_s) as scope:
+
+                def on_loss() -> None:
+                    nonlocal gone
+                    gone = True
+                    if not scope.expired():
+                        scope.reschedule(asyncio.get_running_loop().time())
+
+                with self.fleet.watching(worker, on_loss):
+                    # The scope decides; the bus's own deadline is only there because it wants one.
+                    reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
+        except TimeoutError:
+            if gone:
+                raise WorkerLost("the worker was lost before it answered") from None
+            raise Timeout(f"a worker did not answer within {timeout_s:g} s") from None
+        self.fleet.report(worker, reply.backlog)  # type: ignore[union-attr] # answers to jobs all carry it
+        return reply
+
+    def cancel(self, worker: str, request: str, attempt: int) -> None:
+        """Tell a worker that nobody waits for this any more."""
+        self.chores.start(self._cancel(worker, wire.Cancel(request=request, attempt=attempt)))
+
+    async def _cancel(self, worker: str, message: wire.Cancel) -> None:
+        subject = subjects.cancel(self.settings.cluster, worker)
+        try:
+            await self.bus.request(subject, message, wire.Done, timeout_s=CANCEL_S)
+        except BatonError as error:
+            # A worker that is gone has nothing to cancel; one that is deaf drops the job with its lease.
+            log.info("cancel at %s unanswered: %s", worker, error.code)
+
+    async def _ping(self, worker: str, pinging: set[str]) -> None:
+        try:
+            subject = subjects.ping(self.settings.cluster, worker)
+            await self.bus.request(subject, wire.Ping(), wire.Pong, timeout_s=PING_S)
+        except (WorkerLost, Timeout) as error:
+            if self._hears(time.monotonic()):
+                log.warning("%s is lost: %s", worker, error.code)
+                self.fleet.lose(worker)
+        except BatonError as error:
+            log.info("ping of %s: %s", worker, error.code)
+        finally:
+            pinging.discard(worker)
+
+    async def _beat(self, incarnation: str, metrics_url: str) -> None:
+        settings = self.settings
+        beat = wire.Heartbeat(
+            role="gateway",
+            id=settings.id,
+            incarnation=incarnation,
+            state="draining" if self.draining else "starting" if self.not_ready() else "ready",
+            model=self.model,
+            backlog=wire.Backlog(running=len(self.streams), waiting=len(self.queue)),
+            metrics_url=metrics_url,
+            version=VERSION,
+        )
+        await self.bus.publish(subjects.beat(settings.cluster, "gateway", settings.id), beat)
+
+    # ---- from the bus --------------------------------------------------------------------------------------
+
+    def _on_beat(self, message: wire.AnyMessage) -> None:
+        if isinstance(message, wire.Heartbeat):
+            if message.id == self.settings.id:
+                self._heard_self_at = time.monotonic()
+            self.fleet.hear(message, time.monotonic())
+
+    def _on_batch(self, message: wire.AnyMessage) -> None:
+        if isinstance(message, wire.TokenBatch):
+            self._look_at_bus(time.monotonic())
+            self.streams.put(message, time.monotonic())
+            self.fleet.report(message.worker, message.backlog)
+            if len(self.queue):
+                self.queue.pump()
+
+    def _hears(self, now: float) -> bool:
+        """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""
+        return self.bus.connected and now - self._heard_self_at < SUSPECT_S
+
+    def _look_at_bus(self, now: float) -> None:
+        if self._reconnects != self.bus.reconnects:
+            self._reconnects = self.bus.reconnects
+            self.streams.bus_was_away(now)
+
+    def _fleet_changed(self) -> None:
+        if not self.seen_path and self.fleet.has("decode"):
+            self.seen_path = self.settings.arrangement != "split" or self.fleet.has("prefill")
+        self.queue.pump()
+        change, self._change = self._change, asyncio.Event()
+        change.set()
+
+    def _seat(self, waiting: Waiting) -> Seat | None:
+        avoid = {worker for worker, beats in waiting.avoid.items() if self.fleet.beats(worker) == beats}
+        placement = place(
+            self.fleet.candidates(),
+            waiting.wish,
+            arrangement=self.settings.arrangement,
+            local_prefill_tokens=self.settings.local_prefill_tokens,
+            avoid=avoid,
+            random=self.random,
+        )
+        if placement is None:
+            return None
+        whole = placement.prefill is None
+        charges = {
+            placement.decode: self.fleet.charge(placement.decode, jobs=1, tokens=waiting.wish.tokens if whole else 0)
+        }
+        if placement.prefill is not None:
+            charges[placement.prefill] = self.fleet.charge(placement.prefill, jobs=1, tokens=waiting.wish.tokens)
+        return Seat(placement, charges)

@@ -1,0 +1,17 @@
+"""Every error -> HTTP, in one place: status, headers and OpenAI's error object."""
+
+import math
+
+import msgspec
+
+from services.gateway.edge.render import error_body
+from shared.errors import BatonError
+
+Headers = list[tuple[bytes, bytes]]
+
+
+def render(error: BatonError) -> tuple[int, Headers, bytes]:
+    headers: Headers = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    return error.status, headers, msgspec.json.encode(error_body(error))

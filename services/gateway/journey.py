@@ -1,0 +1,226 @@
+"""One request's life, from first byte to last: read `_stages` from top to bottom beside design section 2.
+
+Each of its prompts goes the middle of the way by itself: leg.py. Invariants: one coroutine owns the request, and its
+legs end with it; one leg that fails ends all; the client gets one answer or one error.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+
+from opentelemetry import trace
+
+from services.gateway import genai
+from services.gateway.admission import admit, fit
+from services.gateway.answer import Answer, answer
+from services.gateway.edge import reading
+from services.gateway.edge.render import Form, Prompt, Usage
+from services.gateway.edge.requests import Body, ChatBody, CompletionBody
+from services.gateway.exchange import Exchange
+from services.gateway.gateway import Gateway
+from services.gateway.leg import Leg, Load
+from services.gateway.receipt import Receipt
+from services.gateway.states import ENDS, Course, State
+from shared import telemetry, wire
+from shared.errors import BatonError, Cancelled, Internal, Timeout
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request that has passed the edge."""
+
+    body: Body
+    prompts: list[Prompt]
+    limits: list[int]  # how many tokens each may be answered with
+
+
+class Journey:
+    def __init__(self, gateway: Gateway, exchange: Exchange, kind: type[Body]) -> None:
+        self._gateway = gateway
+        self._exchange = exchange
+        self._kind = kind
+        self._courses = [Course()]  # of the legs; until they begin, the first is the request's
+        self._tier = "default"
+        self._began = time.monotonic()
+        self._scope: asyncio.Timeout | None = None
+        self._verdict: BatonError | None = None
+
+    @property
+    def state(self) -> State:
+        """Of the first leg that has not ended."""
+        return next((one.state for one in self._courses if one.state not in ENDS), self._courses[-1].state)
+
+    @property
+    def prompts(self) -> int:
+        return len(self._courses)
+
+    def abort(self, error: BatonError) -> None:
+        """End it from outside: the client has left, the gateway is going."""
+        if self._verdict is None and self._scope is not None and not self._scope.expired():
+            self._verdict = error
+            if isinstance(error, Cancelled):
+                self._gateway.metrics.cancelled(self.state.value)
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self) -> None:
+        """The boundary: whatever happens inside becomes an answer, a span and figures."""
+        gateway, exchange = self._gateway, self._exchange
+        gateway.join(self)
+        parent = telemetry.from_traceparent(exchange.traceparent)
+        error: BatonError | None = None
+        with telemetry.tracer().start_as_current_span(
+            telemetry.GATEWAY_REQUEST, context=parent, kind=trace.SpanKind.SERVER
+        ) as span:
+            try:
+                await self._travel()
+            except BatonError as failed:
+                error = failed
+            except Exception:  # the boundary: the client gets an answer, the log the reason
+                log.exception("request %s failed", exchange.id)
+                error = Internal("internal error")
+            finally:
+                for course in self._courses:
+                    course.fail()
+                exchange.release()
+                gateway.leave(self, served=all(course.state is State.DONE for course in self._courses))
+            if error is not None:
+                span.set_attributes(genai.error(error.code))
+                span.set_status(trace.StatusCode.ERROR, error.code)
+                if not isinstance(error, Cancelled):
+                    await exchange.fail(error)
+        gateway.metrics.ended(error, self._tier, time.monotonic() - self._began)
+
+    async def _travel(self) -> None:
+        try:
+            async with asyncio.timeout(self._gateway.settings.request_s) as self._scope:
+                await self._stages()
+        except TimeoutError:
+            raise self._verdict or Timeout("the request took too long") from None
+        finally:
+            self._scope = None
+
+    async def _stages(self) -> None:
+        asked = await self._edge()
+        self._admit(len(asked.prompts) - 1)
+        out = answer(self._exchange, self._form(asked))
+        legs = self._legs(asked)
+        usages = await _together([leg.run(out) for leg in legs])
+        await self._end(out, legs, Usage.total(usages, answered=asked.body.limit() != 0))
+
+    # ---- 1: edge -------------------------------------------------------------------------------------------
+
+    async def _edge(self) -> Asked:
+        gateway, exchange, settings = self._gateway, self._exchange, self._gateway.settings
+        data = await exchange.body()
+        body = reading.read(
+            self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
+        )
+        self._tier = body.tier
+        exchange.streams = body.streamed
+        exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
+        prompts = await self._prompts(body)
+        named = {param: prompt.tokens for param, prompt in prompts.items()}
+        reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
+        limits = [self._limit(body, tokens, param) for param, tokens in named.items()]
+        trace.get_current_span().set_attributes(
+            genai.request(
+                chat=isinstance(body, ChatBody),
+                model=body.model,
+                max_tokens=max(limits),
+                response_id=self._response_id(),
+            )
+        )
+        return Asked(body=body, prompts=list(prompts.values()), limits=limits)
+
+    async def _prompts(self, body: Body) -> dict[str, Prompt]:
+        """Every prompt as token ids, by the parameter that an error would name."""
+        tokenizer = self._gateway.tokenizer
+        if isinstance(body, ChatBody):
+            return {"messages": Prompt(tokens=await tokenizer.chat(body.messages))}
+        if not isinstance(body, CompletionBody):
+            raise TypeError(f"no prompt in a {type(body).__name__}")
+        prompts = {}
+        for param, given in body.prompts():
+            tokens = await tokenizer.text(given) if isinstance(given, str) else given
+            if not tokens:
+                raise reading.empty(param)
+            prompts[param] = Prompt(tokens=tokens)
+            if body.echo:
+                text = given if isinstance(given, str) else await tokenizer.shown(tokens)
+                prompts[param] = Prompt(tokens=tokens, echo=text, opening=await tokenizer.shown(tokens[:1]))
+        return prompts
+
+    def _limit(self, body: Body, tokens: list[int], param: str) -> int:
+        context = self._gateway.fleet.max_model_len
+        limit = fit(len(tokens), body.limit(), context, prompt_param=param, limit_param=body.limit_param())
+        reading.check_limit(body, limit)
+        return limit
+
+    # ---- 2 and 3: admission, and a leg for each prompt -----------------------------------------------------
+
+    def _admit(self, more: int) -> None:
+        """`more`: prompts beyond the first."""
+        self._courses[0].enter(State.ADMISSION)
+        admit(self._gateway.snapshot(more))
+        self._courses += [Course(State.ADMISSION) for _ in range(more)]
+        self._exchange.receipts += [Receipt() for _ in range(more)]
+        self._gateway.more_prompts(more)
+
+    def _legs(self, asked: Asked) -> list[Leg]:
+        body, id_, many = asked.body, self._exchange.id, len(asked.prompts) > 1
+        loads = [
+            Load(
+                id=f"{id_}-{index}" if many else id_,
+                tokens=prompt.tokens,
+                packed=wire.pack_tokens(prompt.tokens),
+                sampling=body.sampling(max(1, limit)),
+                first_choice=index * (body.n or 1),
+            )
+            for index, (prompt, limit) in enumerate(zip(asked.prompts, asked.limits, strict=True))
+        ]
+        parts = zip(loads, self._courses, self._exchange.receipts, strict=True)
+        return [Leg(self._gateway, load, course, receipt, self._began) for load, course, receipt in parts]
+
+    # ---- 4 to 8 are in leg.py; 9: the end ------------------------------------------------------------------
+
+    async def _end(self, out: Answer, legs: list[Leg], usage: Usage) -> None:
+        reasons = [reason for leg in legs for reason in leg.finish_reasons]
+        trace.get_current_span().set_attributes(genai.response(usage, reasons))
+        self._gateway.metrics.served(usage, time.monotonic() - min(leg.first_token_at for leg in legs))
+        await out.end(usage)
+
+    def _form(self, asked: Asked) -> Form:
+        body = asked.body
+        return Form(
+            chat=isinstance(body, ChatBody),
+            id=self._response_id(),
+            created=int(time.time()),
+            model=body.model,
+            n=body.n or 1,
+            top_logprobs=body.logprob_count(),
+            prompt_logprobs=body.prompt_logprobs,
+            include_usage=body.include_usage,
+            return_token_ids=bool(body.return_token_ids),
+            service_tier=body.tier if body.service_tier is not None else None,
+            prompts=asked.prompts,
+            prompt_only=body.limit() == 0,
+        )
+
+    def _response_id(self) -> str:
+        return ("chatcmpl-" if self._kind is ChatBody else "cmpl-") + self._exchange.id
+
+
+async def _together(runs: list[Coroutine[None, None, Usage]]) -> list[Usage]:
+    """All of them side by side. Raises what the first failed with, and cancels the others."""
+    if len(runs) == 1:
+        return [await runs[0]]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run) for run in runs]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+    return [task.result() for task in tasks]

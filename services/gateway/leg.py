@@ -1,0 +1,245 @@
+"""One prompt on its way through the cluster: place, reserve, prefill, decode, and again where that is right.
+
+A request has one leg for each of its prompts; they share nothing but the client. Invariants: on every way out the
+leg's stream is closed, its charges are given back and a Cancel is sent to each worker that may still work for it; an
+attempt's number is never used twice; once the client has seen a token, the leg ends or fails, and is never begun again.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from services.gateway.answer import Answer
+from services.gateway.edge.render import Usage
+from services.gateway.gateway import Gateway
+from services.gateway.placement import Wish
+from services.gateway.prefilling import NoPrefill, Prefilling
+from services.gateway.queue import Seat
+from services.gateway.receipt import Receipt
+from services.gateway.states import Course, State
+from services.gateway.streams import Stream
+from shared import subjects, wire
+from shared.errors import BatonError, Timeout, WorkerLost
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 4  # decode jobs lost before the first token
+MAX_BUSY = 3  # refusals by workers that looked free
+RESERVE_S = 30.0  # a worker answers Busy well before
+
+
+class WorkerBusy(Exception):
+    """A worker refused; the leg goes back to placement."""
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(reason)
+        self.worker = worker
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Tries:
+    """What has gone wrong so far."""
+
+    attempt: int = -1
+    lost: int = 0
+    busy: int = 0
+    last_busy: str = ""
+    avoid: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a leg carries."""
+
+    id: str  # the request's name on the bus
+    tokens: list[int]
+    packed: bytes
+    sampling: wire.Sampling
+    first_choice: int  # the number of its first choice in the client's answer
+
+
+class Leg:
+    """Create one a prompt and `run` it once."""
+
+    def __init__(self, gateway: Gateway, load: Load, course: Course, receipt: Receipt, began: float) -> None:
+        self._gateway = gateway
+        self._load = load
+        self._course = course
+        self._receipt = receipt
+        self._began = began
+        self._wish = Wish(
+            tokens=len(load.tokens), whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
+        )
+        self._tries = Tries()
+        self.first_token_at = 0.0
+        self.finish_reasons: list[str] = []
+
+    async def run(self, out: Answer) -> Usage:
+        """Raises the error that ends it."""
+        queued_until = time.monotonic() + self._gateway.settings.queue_s
+        while True:
+            seat = await self._place(queued_until)
+            try:
+                usage = await self._serve(seat, out)
+                break
+            except WorkerBusy as busy:
+                self._back_to_queue(busy)
+            except BatonError as error:
+                self._again(error, seat)
+                queued_until = time.monotonic() + self._gateway.settings.queue_s
+            finally:
+                self._gateway.unseat(seat)
+        self._course.enter(State.DONE)
+        return usage
+
+    # ---- 4: queue, placement -------------------------------------------------------------------------------
+
+    async def _place(self, until: float) -> Seat:
+        self._course.enter(State.QUEUED)
+        gateway, tries = self._gateway, self._tries
+        seat = await gateway.queue.take(
+            self._wish,
+            tries.avoid,
+            wait_s=until - time.monotonic(),
+            refusal=lambda: gateway.refusal(tries.last_busy),
+        )
+        self._receipt.placed(seat.placement)
+        return seat
+
+    # ---- 5 to 8: reserve, prefill, decode, stream ----------------------------------------------------------
+
+    async def _serve(self, seat: Seat, out: Answer) -> Usage:
+        """One attempt. Raises WorkerBusy, or the error that it ended with."""
+        gateway, worker = self._gateway, seat.placement.decode
+        self._tries.attempt += 1
+        attempt = self._tries.attempt
+        stream = gateway.streams.open(self._load.id, attempt, self._load.sampling.n, self._load.first_choice)
+        prefilling: Prefilling | None = None
+        refused = False
+        try:
+            with gateway.fleet.watching(worker, lambda: stream.fail(WorkerLost("the decode worker was lost"))):
+                self._course.enter(State.RESERVING)
+                accepted = await self._reserve(seat, attempt)
+                self._course.enter(State.HANDOFF)
+                if seat.placement.prefill is None:
+                    stream.watch(time.monotonic())
+                else:
+                    prefilling = self._prefill(seat, accepted, stream)
+                await self._stream(stream, out)
+            if prefilling is not None:
+                await prefilling.reported()
+            return self._usage(stream, accepted, prefilling)
+        except WorkerBusy:
+            refused = True
+            raise
+        finally:
+            gateway.streams.close(stream)
+            if prefilling is not None:
+                prefilling.close()
+            if not (refused or stream.ended):
+                gateway.cancel(worker, self._load.id, attempt)
+
+    async def _reserve(self, seat: Seat, attempt: int) -> wire.Accepted:
+        gateway, worker = self._gateway, seat.placement.decode
+        job = wire.DecodeJob(
+            request=self._load.id,
+            attempt=attempt,
+            gateway=gateway.settings.id,
+            tokens=self._load.packed,
+            sampling=self._load.sampling,
+            prefill=seat.placement.prefill is not None,
+            timeout_s=self._left_s(),
+            handoff_s=gateway.settings.handoff_s,
+        )
+        seat.charges[worker].sent = True
+        subject = subjects.decode(gateway.settings.cluster, worker)
+        reply = await gateway.ask(worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()))
+        gateway.fleet.settle(seat.charges[worker])
+        if isinstance(reply, wire.Busy):
+            raise WorkerBusy(worker, reply.reason)
+        return reply
+
+    def _prefill(self, seat: Seat, accepted: wire.Accepted, stream: Stream) -> Prefilling | None:
+        """The prompt is computed beside reading: decode starts by itself, with the blocks or without."""
+        receipt = self._receipt
+        if accepted.cached_tokens >= len(self._load.tokens):
+            # The decode node holds every block already.
+            self._gateway.unseat(seat)
+            receipt.prefill, receipt.reason = None, "cached"
+            stream.watch(time.monotonic())
+            return None
+        job = wire.PrefillJob(
+            request=self._load.id,
+            attempt=accepted.attempt,
+            gateway=self._gateway.settings.id,
+            tokens=self._load.packed,
+            lease=accepted.lease,
+            node=accepted.node,
+            timeout_s=self._left_s(),
+        )
+        return Prefilling(self._gateway, seat, job, stream, receipt)
+
+    async def _stream(self, stream: Stream, out: Answer) -> None:
+        last = 0.0
+        while rows := await stream.read():
+            now = time.monotonic()
+            if last:
+                self._gateway.metrics.gap(now - last)
+            else:
+                self._first_token(now)
+            last = now
+            self.finish_reasons.extend(row.finish.reason for row in rows if row.finish is not None)
+            await out.rows(rows)
+
+    def _first_token(self, now: float) -> None:
+        self._course.enter(State.STREAMING)
+        self.first_token_at = now
+        self._receipt.actual_ttft_ms = round((now - self._began) * 1000, 1)
+        self._gateway.metrics.first_token(now - self._began)
+
+    # ---- what next, when an attempt did not end well -------------------------------------------------------
+
+    def _back_to_queue(self, busy: WorkerBusy) -> None:
+        """With the old deadline, not to that worker before its next beat, and not for ever."""
+        tries, gateway = self._tries, self._gateway
+        tries.busy += 1
+        tries.last_busy = busy.reason
+        tries.avoid[busy.worker] = gateway.fleet.beats(busy.worker)
+        if tries.busy > MAX_BUSY:
+            raise gateway.refusal(busy.reason)
+
+    def _again(self, error: BatonError, seat: Seat) -> None:
+        """Place it once more with the next attempt, or raise what ends it."""
+        tries, gateway = self._tries, self._gateway
+        if self._course.state is State.STREAMING or not (error.retryable or isinstance(error, (NoPrefill, Timeout))):
+            raise error
+        tries.lost += 1
+        if tries.lost >= MAX_ATTEMPTS:
+            raise error
+        self._receipt.retries += 1
+        if isinstance(error, NoPrefill):
+            self._wish = Wish(tokens=self._wish.tokens, whole="prefill_failed")
+            gateway.metrics.retried("prefill")
+        else:
+            worker = seat.placement.decode
+            tries.avoid[worker] = gateway.fleet.beats(worker)
+            gateway.metrics.retried("decode")
+        log.info("request %s: attempt %d ended with %s", self._load.id, tries.attempt, error.code)
+
+    def _usage(self, stream: Stream, accepted: wire.Accepted, prefilling: Prefilling | None) -> Usage:
+        decode = stream.usage or wire.DecodeUsage()
+        if prefilling is not None:
+            # What prefill found is what nobody computed; blocks that got lost on the way were computed after all.
+            cached = (prefilling.done.cached_tokens if prefilling.done else 0) - decode.recomputed_tokens
+        elif self._receipt.path == "split":
+            cached = accepted.cached_tokens - decode.recomputed_tokens
+        else:
+            cached = decode.loaded_tokens + decode.engine_cached_tokens
+        # The last prompt token is always computed: it gives the first token's logits.
+        cached = min(max(0, cached), len(self._load.tokens) - 1)
+        self._receipt.cached_tokens = cached
+        return Usage(prompt=len(self._load.tokens), completion=decode.completion_tokens or stream.tokens, cached=cached)
+
+    def _left_s(self) -> float:
+        return max(0.1, self._gateway.settings.request_s - (time.monotonic() - self._began))

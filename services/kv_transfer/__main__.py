@@ -1,0 +1,127 @@
+"""kv_transfer's process: settings in, everything wired together, and the way out on SIGTERM.
+
+Exit codes: 0 after SIGTERM or SIGINT, with arena and socket removed; 2 for bad configuration (one line on stderr says
+what to do).
+"""
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+import uuid
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from services.kv_transfer.arena import Arena
+from services.kv_transfer.bus_service import BusService
+from services.kv_transfer.index import IndexWriter
+from services.kv_transfer.metrics import KvMetrics
+from services.kv_transfer.server import KvServer, Outside
+from services.kv_transfer.store import Store
+from shared import settings as configuration
+from shared import telemetry
+from shared.bus import Bus
+from shared.errors import SettingsError
+from shared.prefix_index import open_redis
+from shared.probes import Probes
+from shared.process_metrics import watch_process
+from shared.settings import KvSettings
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    try:
+        settings = configuration.load(KvSettings)
+        telemetry.start_logs("kv", settings.id, log_format=settings.log_format, level=settings.log_level)
+        log.info("settings %s", configuration.shown(settings))
+        provider = telemetry.start("kv", settings.id)
+        try:
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(settings))
+        finally:
+            provider.shutdown()
+    except SettingsError as error:
+        sys.stderr.write(f"kv_transfer: {error}\n")
+        return 2
+    return 0
+
+
+async def serve(settings: KvSettings) -> None:
+    """Until SIGTERM or SIGINT. Raises SettingsError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    incarnation = uuid.uuid4().hex
+    async with AsyncExitStack() as stack:
+        where = (Path(settings.shm_dir), settings.cluster, settings.node, settings.arena_gib)
+        arena = await asyncio.to_thread(Arena.create, *where)
+        stack.callback(arena.close)
+        store = Store(settings.node, arena.size_bytes, arena.words)
+        registry = CollectorRegistry()
+        watch_process(registry)
+        metrics = KvMetrics(registry, store)
+        probes = Probes(registry, lambda: "stopping" if stop.is_set() else None)
+        await probes.start(settings.probe_host, settings.probe_port)
+        stack.push_async_callback(probes.close)
+        bus = await Bus.connect(settings.nats_url, settings.id)
+        stack.push_async_callback(bus.close)
+        redis = open_redis(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        index = IndexWriter(
+            redis,
+            cluster=settings.cluster,
+            node=settings.node,
+            incarnation=incarnation,
+            held_keys=store.held_keys,
+            holds=store.holds,
+            dropped=metrics.index_dropped.inc,
+        )
+        stack.push_async_callback(index.retire)
+        service = BusService(
+            bus,
+            store,
+            lambda lease: server.release(lease),  # noqa: PLW0108 - made below
+            cluster=settings.cluster,
+            service_id=settings.id,
+            node=settings.node,
+            incarnation=incarnation,
+            metrics_url=probes.url,
+        )
+        outside = Outside(host_closed=service.host_closed, key_changed=index.note)
+        server = KvServer(settings.node, store, arena, metrics, outside)
+        show(metrics, server, index, bus)
+        await server.start(settings.kv_socket)
+        stack.push_async_callback(server.close)
+        await service.serve()
+        gc.freeze()  # what is here by now stays: a full collection pauses long enough to be noticed
+        log.info("ready: arena %s of %.2f GiB on %s", arena.name, arena.size_bytes / 2**30, settings.kv_socket)
+        await run_until(stop, service, index)
+
+
+def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> None:
+    metrics.gauge("baton_kv_connections", "Local connections", lambda: len(server.connections))
+    metrics.gauge("baton_kv_index_backlog", "Index updates not written yet", lambda: index.backlog)
+    metrics.gauge("baton_kv_index_connected", "1 while Redis takes updates", lambda: index.number is not None)
+    metrics.gauge("baton_kv_bus_connected", "1 while NATS is there", lambda: bus.connected)
+    metrics.gauge("baton_kv_bad_messages", "Bus messages that broke their handler", lambda: bus.bad_messages)
+
+
+async def run_until(stop: asyncio.Event, service: BusService, index: IndexWriter) -> None:
+    """Beat and write the index until asked to stop. Clients recompute what they cannot load, so nothing is drained."""
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(service.beat_forever()), tasks.create_task(index.run())]
+        await stop.wait()
+        log.info("stopping")
+        service.draining = True
+        await service.beat()
+        for task in running:
+            task.cancel()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

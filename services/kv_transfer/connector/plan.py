@@ -1,0 +1,39 @@
+"""What the scheduler side tells the worker side in one engine step: pages to load, pages to save."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Page:
+    """One KV block in both worlds."""
+
+    block: int  # position in the prompt, and in the lease
+    block_id: int  # the engine's page
+    slot: int  # the arena's
+    word: int  # generation word that the slot must show
+
+
+@dataclass(frozen=True)
+class Load:
+    """Copy committed slots into pages; ends in exactly one completion, also after an abort."""
+
+    request: str  # the engine's id
+    arena: str
+    lease: str
+    pages: list[Page]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Copy freshly computed pages into reserved slots and commit them."""
+
+    arena: str
+    lease: str
+    pages: list[Page]
+
+
+@dataclass
+class StepPlan:
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    idle: bool = False  # nothing is computed in this step, so a load may be waited for

@@ -1,0 +1,148 @@
+"""The connector inside vLLM's scheduler: decides, per step, which pages to load and which to save.
+
+Invariants: no I/O; a request's loads are planned once an allocation, again after a preemption, never again after one
+failed; a block is saved once per lease, in the step that completes it. Reservations are made before the engine sees
+a request, so nothing here waits.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from services.kv_transfer.connector.plan import Load, Page, Save, StepPlan
+from shared.worker.engine import KvPlan
+
+
+@dataclass
+class _Tracked:
+    plan: KvPlan
+    prompt_tokens: int
+    loading: dict[int, int] = field(default_factory=dict)  # block_id -> block, of the load in flight
+    load_failed: bool = False
+    loaded_tokens: int = 0
+    recomputed_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens that steps were scheduled for
+
+
+class SchedulerSide:
+    """All state is keyed by the engine's request ids and dropped in `finished`, except unsaved blocks, by lease."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._requests: dict[str, _Tracked] = {}
+        # Children of one request (n > 1) share a lease: the first to compute a block saves it.
+        self._unsaved: dict[str, set[int]] = {}
+        self._lease_users: dict[str, int] = {}
+        self._loads: list[Load] = []
+
+    def track(self, request_id: str, params: dict[str, Any] | None, prompt_tokens: int) -> None:
+        """Remember a new request that came with a KvPlan. Raises msgspec.ValidationError for a malformed one."""
+        if not params or request_id in self._requests:
+            return
+        plan = msgspec.convert(params, KvPlan)
+        self._requests[request_id] = _Tracked(plan, prompt_tokens)
+        self._lease_users[plan.lease] = self._lease_users.get(plan.lease, 0) + 1
+        if plan.save and plan.lease not in self._unsaved:
+            self._unsaved[plan.lease] = {block for block, write in enumerate(plan.write) if write}
+
+    def matched_tokens(self, request_id: str, total_tokens: int, local_tokens: int) -> int:
+        """Tokens beyond `local_tokens` (the engine's own hits) that the store can give. No side effects."""
+        tracked = self._requests.get(request_id)
+        if tracked is None or tracked.load_failed:
+            return 0
+        # A preempted request's local hits may reach beyond the prompt.
+        return max(0, self._covered(tracked, total_tokens) - local_tokens)
+
+    def allocated(self, request_id: str, block_ids: list[int], total_tokens: int, external_tokens: int) -> None:
+        """Pages are there for what `matched_tokens` promised: plan the load."""
+        tracked = self._requests.get(request_id)
+        if tracked is None or external_tokens <= 0:
+            return
+        plan = tracked.plan
+        covered = self._covered(tracked, total_tokens)
+        first = (covered - external_tokens) // self._block_size
+        last = -(-covered // self._block_size)
+        pages = [Page(block, block_ids[block], plan.slots[block], plan.words[block]) for block in range(first, last)]
+        tracked.loading = {page.block_id: page.block for page in pages}
+        tracked.loaded_tokens = external_tokens
+        self._loads.append(Load(request_id, plan.arena, plan.lease, pages))
+
+    def _covered(self, tracked: _Tracked, total_tokens: int) -> int:
+        """Tokens from the first on that are worth loading. The last one is always computed: it gives the logits."""
+        return min(tracked.plan.load * self._block_size, tracked.prompt_tokens, total_tokens - 1)
+
+    def plan_step(
+        self, scheduled: Iterable[tuple[str, int, int]], blocks_of: Callable[[str], list[int]], *, idle: bool
+    ) -> StepPlan:
+        """The step's copies.
+
+        Args:
+            scheduled: (request id, tokens computed before this step, and after it) of every scheduled request.
+            blocks_of: the page ids of a request, in order.
+            idle: nothing is computed in this step.
+        """
+        saves = []
+        for request_id, before, after in scheduled:
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                continue
+            tracked.computed_tokens += max(0, min(after, tracked.prompt_tokens) - before)
+            if not tracked.plan.save:
+                continue
+            save = self._complete_blocks(tracked, after, request_id, blocks_of)
+            if save.pages:
+                saves.append(save)
+        loads, self._loads = self._loads, []
+        return StepPlan(loads=loads, saves=saves, idle=idle)
+
+    def _complete_blocks(
+        self, tracked: _Tracked, computed_tokens: int, request_id: str, blocks_of: Callable[[str], list[int]]
+    ) -> Save:
+        plan, unsaved = tracked.plan, self._unsaved.get(tracked.plan.lease, set())
+        end = min(computed_tokens, tracked.prompt_tokens)
+        # The final block is complete when the prompt is, however little of it is filled.
+        complete = -(-end // self._block_size) if end == tracked.prompt_tokens else end // self._block_size
+        ready = sorted(block for block in unsaved if block < complete)
+        if not ready:
+            return Save(plan.arena, plan.lease, [])
+        block_ids = blocks_of(request_id)
+        unsaved.difference_update(ready)
+        return Save(
+            plan.arena,
+            plan.lease,
+            [Page(block, block_ids[block], plan.slots[block], plan.words[block]) for block in ready],
+        )
+
+    def loads_ended(self, received: Iterable[str], invalid_block_ids: set[int]) -> None:
+        """What the workers report after a step: completed loads, and pages that could not be filled."""
+        for request_id in received:
+            tracked = self._requests.get(request_id)
+            if tracked is None:
+                continue
+            failed = [tracked.loading[b] for b in invalid_block_ids if b in tracked.loading]
+            if failed:
+                first_loaded = min(tracked.loading.values())
+                lost = tracked.loaded_tokens - (min(failed) - first_loaded) * self._block_size
+                tracked.load_failed = True
+                tracked.recomputed_tokens += lost
+                tracked.loaded_tokens -= lost
+            tracked.loading = {}
+
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """Forget a request. Returns what its output carries back to the host (see EngineDelta)."""
+        tracked = self._requests.pop(request_id, None)
+        if tracked is None:
+            return None
+        lease = tracked.plan.lease
+        self._lease_users[lease] -= 1
+        if not self._lease_users[lease]:
+            del self._lease_users[lease]
+            self._unsaved.pop(lease, None)
+        # A load planned in this very step must still run: its completion is what frees the pages.
+        return {
+            "loaded_tokens": tracked.loaded_tokens,
+            "recomputed_tokens": tracked.recomputed_tokens,
+            "computed_tokens": tracked.computed_tokens,
+        }

@@ -1,0 +1,153 @@
+"""The connector beside the model: copies pages out at the end of a step, and in on a loader thread.
+
+Invariants: every load ends in exactly one completion; a page that could not be filled with what its slot promised is
+reported invalid with it, so the engine recomputes; no copy under a revoked lease starts.
+"""
+
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from services.kv_transfer.connector.fingerprint import geometry_of
+from services.kv_transfer.connector.pages import Pages, open_pages
+from services.kv_transfer.connector.plan import Load, Page, Save
+from services.kv_transfer.connector.rank_client import RankClient
+from shared.errors import BatonError, KvLost
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+log = logging.getLogger(__name__)
+
+# An idle engine spins; giving way for this long lets the loader thread have the interpreter.
+IDLE_WAIT_S = 0.002
+
+
+class WorkerSide:
+    """Owned by one engine rank; `save` and `take_*` are called on its main thread."""
+
+    def __init__(self, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> None:
+        extra: dict[str, Any] = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._rank = vllm_config.parallel_config.rank
+        self._client = RankClient(extra["socket"], session=extra["session"], worker=extra["worker"], rank=self._rank)
+        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        self._done = threading.Condition()
+        self._received: set[str] = set()
+        self._invalid: set[int] = set()
+        self._reported: set[int] = set()
+        self._loading = 0
+        self._thread = threading.Thread(target=self._load_forever, name="kv-loader", daemon=True)
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Attach to the store. Raises KvMismatch or KvLost, which stops the engine's start with a clear line."""
+        self._pages: Pages = open_pages(kv_caches)
+        self._client.attach(geometry_of(self._vllm_config, self._kv_cache_config, self._pages.slot_bytes, kv_caches))
+        self._thread.start()
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def save(self, saves: list[Save]) -> None:
+        """Copy out and commit, before the step ends. What fails stays uncommitted: its reader recomputes."""
+        for save in saves:
+            try:
+                self._save(save)
+            except BatonError as error:
+                log.warning("kv: %d blocks not saved: %s", len(save.pages), error.message)
+
+    def _save(self, save: Save) -> None:
+        if not self._client.begin_copy(save.lease, save.arena):
+            log.warning("kv: %d blocks not saved: their lease is gone", len(save.pages))
+            return
+        started_ns, checksums = time.time_ns(), []
+        try:
+            for page in save.pages:
+                if self._client.word(page.slot) != page.word:
+                    raise KvLost("a reserved slot has another owner")
+                slot = self._client.slot_view(page.slot + self._rank)
+                self._pages.read(page.block_id, slot)
+                checksums.append(xxhash.xxh3_64_intdigest(slot))
+        finally:
+            self._client.end_copy(save.lease)
+        self._client.commit(save.lease, [page.block for page in save.pages], checksums, started_ns)
+
+    # ---- loading ----------------------------------------------------------------------------------------------
+
+    def start_loads(self, loads: list[Load]) -> None:
+        with self._done:
+            self._loading += len(loads)
+        for load in loads:
+            self._queue.put(load)
+
+    def take_received(self, *, wait: bool) -> set[str]:
+        """Requests whose load has ended since the last call; `take_invalid` then tells of the same loads."""
+        with self._done:
+            if wait and self._loading and not self._received:
+                self._done.wait(IDLE_WAIT_S)
+            received, self._received = self._received, set()
+            self._reported |= self._invalid
+            self._invalid = set()
+            return received
+
+    def take_invalid(self) -> set[int]:
+        """Pages of the loads just taken that could not be filled."""
+        reported, self._reported = self._reported, set()
+        return reported
+
+    def _load_forever(self) -> None:
+        while (load := self._queue.get()) is not None:
+            try:
+                invalid = self._load(load)
+            except Exception:  # the thread's boundary: a load that breaks must still end, as a recompute
+                log.exception("kv: load failed")
+                invalid = {page.block_id for page in load.pages}
+            with self._done:
+                self._invalid |= invalid
+                self._received.add(load.request)
+                self._loading -= 1
+                self._done.notify_all()
+
+    def _load(self, load: Load) -> set[int]:
+        """Returns the pages that were not filled."""
+        started_ns = time.time_ns()
+        if not self._client.begin_copy(load.lease, load.arena):
+            invalid = {page.block_id for page in load.pages}
+        else:
+            try:
+                invalid = {page.block_id for page in load.pages if not self._fill(page)}
+            finally:
+                self._client.end_copy(load.lease)
+        if invalid:
+            log.warning("kv: %d of %d blocks could not be loaded", len(invalid), len(load.pages))
+        try:
+            self._client.loaded(
+                load.lease,
+                blocks=len(load.pages) - len(invalid),
+                failed=len(invalid),
+                started_ns=started_ns,
+                ended_ns=time.time_ns(),
+            )
+        except BatonError as error:
+            log.warning("kv: load not counted: %s", error.message)
+        return invalid
+
+    def _fill(self, page: Page) -> bool:
+        """Check, copy, check: the slot may have got another owner if its lease is gone."""
+        slot = page.slot + self._rank
+        if self._client.word(page.slot) != page.word:
+            return False
+        self._pages.write(page.block_id, self._client.slot_view(slot))
+        return bool(self._client.word(page.slot) == page.word)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(timeout=5)
+        self._client.close()

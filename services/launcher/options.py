@@ -1,0 +1,204 @@
+"""The command line, and what `baton up` was asked for: flags over BATON_* variables over the YAML file."""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import yaml
+
+from services.launcher.refusal import Refusal
+from shared.settings import CONFIG_KEY, LAUNCHER_KEYS, PREFIX, SERVICES
+
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
+DEMO_NAME = "baton-demo"
+DEFAULT_PORT = 8000
+# The launcher gives every process its own; one value from the shell for all of them could only break the cluster.
+OWN_KEYS = frozenset({"cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "kv_socket"})
+
+
+class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    prefill: int = 1
+    decode: int = 1
+    arrangement: str = "auto"
+    model: str = str(DEMO_MODEL)
+    revision: str = ""
+    served_model_name: str = ""
+    engine: str = "vllm"
+    engine_args: dict[str, Any] = {}
+    arena_gib: float = 0.0  # 0: the launcher chooses
+    kv_gib: float = 0.0  # 0: the launcher chooses
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    detach: bool = False
+    shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
+    given: dict[str, Any] = {}  # settings from variables and file, for every service that knows the key
+
+
+def given_settings(environ: Mapping[str, str]) -> dict[str, Any]:
+    """BATON_* variables over the YAML file. Refuses keys that no service knows and those the launcher sets itself."""
+    values = _from_yaml(environ.get(CONFIG_KEY, ""))
+    values.update(
+        (key[len(PREFIX) :].lower(), value)
+        for key, value in environ.items()
+        if key.startswith(PREFIX) and key != CONFIG_KEY and key not in LAUNCHER_KEYS
+    )
+    known = set().union(*(set(cls.__struct_fields__) for cls in SERVICES.values()))
+    for key in values:
+        if key not in known:
+            raise Refusal(f"unknown setting {PREFIX}{key.upper()}: known are {', '.join(sorted(known - OWN_KEYS))}")
+        if key in OWN_KEYS:
+            raise Refusal(f"{PREFIX}{key.upper()} is set by the launcher for each process: unset it")
+    return values
+
+
+def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions:
+    """Resolve. Raises Refusal for what is not offered."""
+    _refuse_what_comes_later(flags)
+    values: dict[str, Any] = {
+        key: given[key] for key in UpOptions.__struct_fields__ if key in given and key != "engine_args"
+    }
+    for key in UpOptions.__struct_fields__:
+        if getattr(flags, key, None) is not None:
+            values[key] = getattr(flags, key)
+    values["engine_args"] = _engine_args(given.get("engine_args", {}), getattr(flags, "engine_arg", None) or [])
+    values["given"] = {key: value for key, value in given.items() if key not in UpOptions.__struct_fields__}
+    if "model" not in values and "served_model_name" not in values:
+        values["served_model_name"] = DEMO_NAME
+    try:
+        options = msgspec.convert(values, UpOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise Refusal(f"a setting has a wrong value: {error}") from error
+    if options.decode < 1:
+        raise Refusal("--decode must be at least 1: decode workers produce the output")
+    if options.prefill < 0 or (options.prefill < 1 and options.arrangement == "split"):
+        raise Refusal("--prefill must be at least 1 with --arrangement split, and never negative")
+    return options
+
+
+def port_option(flags: argparse.Namespace, given: Mapping[str, Any]) -> int:
+    """The port that names the cluster."""
+    try:
+        port = int(given.get("port", DEFAULT_PORT) if flags.port is None else flags.port)
+    except ValueError as error:
+        raise Refusal(f"BATON_PORT must be a number: {error}") from error
+    if not 1 <= port <= 65535:
+        raise Refusal(f"--port must be between 1 and 65535, not {port}")
+    return port
+
+
+def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="baton", description="Serve a model with prefill and decode split into separate tiers.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("up", "start a whole cluster on this machine"),
+        ("status", "say what runs; exit 0 ready, 1 not ready, 2 no cluster"),
+        ("down", "stop the cluster, also what a killed launcher left"),
+        ("chat", "send one message through the gateway and stream the answer"),
+        ("logs", "show the logs of all processes or of one"),
+        ("tap", "print the traffic on the bus"),
+        ("config", "print the resolved settings of every service, secrets redacted"),
+    ):
+        command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        command.add_argument("--port", type=int, help=f"the cluster's port (default {DEFAULT_PORT})")
+        if name in ("up", "config"):
+            _add_up_flags(command)
+        _add_own_flags(name, command)
+    return parser
+
+
+def _add_up_flags(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--prefill", type=int, metavar="N", help="prefill workers (default 1)")
+    add("--decode", type=int, metavar="N", help="decode workers (default 1)")
+    add("--nodes", type=int, default=1, metavar="N", help="1: more nodes are not supported yet")
+    add("--gateways", type=int, default=1, metavar="N", help="1: more gateways are not supported yet")
+    add("--arrangement", choices=("auto", "split", "unsplit"), help="who computes prompts (default auto)")
+    add("--model", metavar="PATH", help="a Hugging Face model folder or ORG/NAME (default: the demo model)")
+    add("--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
+    add("--engine-arg", action="append", metavar="KEY=VALUE", help="any vLLM engine argument; may be repeated")
+    add("--engine", choices=("vllm", "sim"), help="vllm (default); sim is not supported yet")
+    add("--arena-gib", type=float, metavar="X", help="shared memory for KV blocks (default: chosen by memory)")
+    add("--kv-gib", type=float, metavar="X", help="each engine's own KV cache on CPU (default: chosen by model)")
+    add("--host", metavar="H", help="where the gateway listens (default 127.0.0.1)")
+
+
+def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    if name == "up":
+        add("--detach", action="store_true", default=None, help="go on in the background once ready")
+    elif name == "status":
+        add("--json", action="store_true", help="as JSON")
+    elif name == "chat":
+        add("text", nargs="+", metavar="TEXT")
+        add("--temperature", type=float, default=0.0, help="default 0: always the likeliest token")
+        add("--max-tokens", type=int, default=512, help="default 512")
+    elif name == "logs":
+        add("id", nargs="?", metavar="ID", help="e.g. prefill-0, gateway-0 or launcher")
+        add("-f", "--follow", action="store_true", help="go on as lines are written")
+    elif name == "tap":
+        add("subject", nargs="?", metavar="SUBJECT", help="below the cluster's name, e.g. 'beat.>' (default all)")
+        add("--count", type=int, default=0, metavar="N", help="stop after N messages")
+
+
+def _refuse_what_comes_later(flags: argparse.Namespace) -> None:
+    for flag, what in (("nodes", "nodes"), ("gateways", "gateways")):
+        if getattr(flags, flag) != 1:
+            raise Refusal(
+                f"--{flag} {getattr(flags, flag)}: only 1 is supported; more {what} come with a later version"
+            )
+    if flags.engine == "sim":
+        raise Refusal("--engine sim comes with a later version: leave it out to run real vLLM")
+
+
+def _engine_args(given: Any, flags: Sequence[str]) -> dict[str, Any]:
+    try:
+        values = json.loads(given) if isinstance(given, str) else dict(given)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"BATON_ENGINE_ARGS must be a JSON object: {error}") from error
+    if not isinstance(values, dict):
+        raise Refusal('BATON_ENGINE_ARGS must be a JSON object such as {"dtype": "float32"}')
+    for flag in flags:
+        key, equals, value = flag.partition("=")
+        if not (key and equals):
+            raise Refusal(f"--engine-arg {flag}: write it as KEY=VALUE, e.g. --engine-arg max_model_len=4096")
+        values[key.lstrip("-").replace("-", "_")] = _json_or_text(value)
+    return values
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _from_yaml(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise Refusal(f"{CONFIG_KEY}: cannot read {path}: {error}".replace("\n", " ")) from error
+    if not isinstance(loaded, dict):
+        raise Refusal(f"{CONFIG_KEY}: {path} must hold a mapping of settings")
+    return loaded
+
+
+def home(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of all clusters of this user."""
+    return Path(environ.get("BATON_HOME") or "~/.baton").expanduser().absolute()

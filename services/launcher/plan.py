@@ -1,0 +1,284 @@
+"""From options and machine to the list of processes. Pure: nothing is started, read or written here."""
+
+import ipaddress
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from services.launcher.machine import GIB, LOOPBACK, Machine
+from services.launcher.model import WIDEST_VALUE_BYTES, Model
+from services.launcher.options import UpOptions
+from services.launcher.refusal import Refusal
+from shared.settings import SERVICES, CommonSettings, load, to_environ
+
+NODE = "node-0"
+WORKER_BYTES = int(1.5 * GIB)  # measured: a worker's Python, torch and vLLM
+SERVICE_BYTES = GIB // 2  # gateway, kv_transfer, Redis and NATS together
+ARENA_BYTES = 2 * GIB
+ARENA_SHARE = 0.1  # of memory
+SMALL_KV_BYTES = GIB // 2
+KV_SHARE = 0.15  # of memory, for one engine
+KV_PROMPTS = 8
+ARENA_PROMPTS = 2
+GPU_SHARE = 0.9  # of a GPU's memory, over all engines on it
+
+Programs = Mapping[str, Sequence[str]]  # role -> the command that starts it
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """What is chosen anew at every start."""
+
+    run_folder: str
+    ports: tuple[int, ...]
+    token: str  # who knows it may join the bus
+
+
+class Process(msgspec.Struct, frozen=True, kw_only=True):
+    role: str  # gateway | prefill | decode | kv | nats | redis
+    id: str
+    command: tuple[str, ...]
+    node: str = ""
+    settings: dict[str, Any] = {}
+    environ: dict[str, str] = {}  # beside the settings
+    probe_url: str = ""  # serves /ready and /metrics; empty for NATS and Redis
+    drain_s: float = 5.0
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    cluster: str
+    address: str
+    served_model_name: str
+    model_path: str
+    arrangement: str
+    shm_dir: str
+    place: Place
+    nats_url: str
+    nats_port: int
+    redis_socket: str
+    processes: tuple[Process, ...]
+
+
+class Rooms(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes."""
+
+    arena: int
+    kv: int  # of each engine; 0 on GPUs
+    total: int
+
+
+def ports_needed(options: UpOptions) -> int:
+    return 2 + options.prefill + options.decode  # NATS, kv_transfer, workers
+
+
+def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs, place: Place) -> Plan:
+    """Raises Refusal when it does not fit, SettingsError when a service would refuse its settings."""
+    rooms = _rooms(options, machine, model)
+    _refuse_what_does_not_fit(options, machine, rooms)
+    nats_port, *probe_ports = place.ports
+    redis_socket = f"{place.run_folder}/redis.sock"
+    given = {
+        **options.given,
+        "cluster": f"baton-{options.port}",
+        "nats_url": f"nats://{place.token}@{LOOPBACK}:{nats_port}",
+        "redis_url": f"unix://{redis_socket}",
+        "probe_host": LOOPBACK,
+        "node": NODE,
+        "kv_socket": f"{place.run_folder}/kv.sock",
+        "model": model.path,
+        "revision": options.revision,
+        "served_model_name": options.served_model_name or model.name,
+        "arrangement": options.arrangement,
+        "engine": options.engine,
+        "host": options.host,
+        "port": options.port,
+        "shm_dir": options.shm_dir,
+        "arena_gib": round(rooms.arena / GIB, 4),
+        "kv_gib": round(rooms.kv / GIB, 4),
+    }
+    address = f"http://{_reachable(options.host)}:{options.port}"
+    services = [
+        _service("kv", "kv-0", given, programs, probe_port=probe_ports[0]),
+        *_workers(options, machine, given, programs, probe_ports[1:]),
+        _service("gateway", "gateway-0", given, programs, probe_url=address),
+    ]
+    return Plan(
+        cluster=given["cluster"],
+        address=address,
+        served_model_name=given["served_model_name"],
+        model_path=model.path,
+        arrangement=options.arrangement,
+        shm_dir=options.shm_dir,
+        place=place,
+        nats_url=given["nats_url"],
+        nats_port=nats_port,
+        redis_socket=redis_socket,
+        processes=(*_brokers(programs, place, redis_socket), *services),
+    )
+
+
+def resolved(process: Process) -> CommonSettings:
+    """The settings as the service itself will read them."""
+    return load(SERVICES[process.role], to_environ(process.settings))
+
+
+def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Process, Process]:
+    return (
+        Process(role="nats", id="nats-0", command=(*programs["nats"], "--config", f"{place.run_folder}/nats.conf")),
+        Process(
+            role="redis",
+            id="redis-0",
+            # Port 0: no TCP at all. It is a cache, so nothing is saved.
+            command=(
+                *programs["redis"],
+                *("--port", "0", "--unixsocket", redis_socket, "--unixsocketperm", "700"),
+                *("--save", "", "--appendonly", "no", "--dir", place.run_folder, "--daemonize", "no"),
+                *("--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"),
+            ),
+        ),
+    )
+
+
+def _workers(
+    options: UpOptions, machine: Machine, given: Mapping[str, Any], programs: Programs, ports: Sequence[int]
+) -> list[Process]:
+    ids = [("prefill", f"prefill-{n}") for n in range(options.prefill)]
+    ids += [("decode", f"decode-{n}") for n in range(options.decode)]
+    cores = core_shares(machine, len(ids))
+    gpus, gpu_memory = gpu_shares(machine, len(ids), options.engine_args)
+    processes = []
+    for (role, worker_id), port, core_list, gpu in zip(ids, ports, cores, gpus, strict=True):
+        engine_args = dict(options.engine_args)
+        if not machine.gpus:
+            # torch.compile doubles the time to ready on a CPU (40 s instead of 17) and gains little there.
+            engine_args.setdefault("enforce_eager", True)
+        if gpu_memory and "gpu_memory_utilization" not in engine_args:
+            engine_args["gpu_memory_utilization"] = gpu_memory
+        values = {**given, "engine_args": engine_args, "cpu_cores": given.get("cpu_cores", core_list)}
+        environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        processes.append(_service(role, worker_id, values, programs, probe_port=port, environ=environ))
+    return processes
+
+
+def core_shares(machine: Machine, workers: int) -> list[str]:
+    """Each worker's cores such as "0-3", or "" where there are too few to give everyone its own.
+
+    One hardware thread of each core: the second one shares the units that the kernels keep busy.
+    """
+    cores = [threads[0] for threads in machine.cores]
+    if len(cores) < workers:
+        cores = sorted(thread for threads in machine.cores for thread in threads)
+    if machine.gpus or len(cores) < workers:
+        return [""] * workers
+    share, left = divmod(len(cores), workers)
+    shares, start = [], 0
+    for worker in range(workers):
+        end = start + share + (1 if worker < left else 0)
+        shares.append(_ranges(cores[start:end]))
+        start = end
+    return shares
+
+
+def gpu_shares(machine: Machine, workers: int, engine_args: Mapping[str, Any]) -> tuple[list[str], float]:
+    """Each worker's GPUs, and the share of GPU memory for each engine where they must share (0: vLLM's default)."""
+    if not machine.gpus:
+        return [""] * workers, 0.0
+    width = int(engine_args.get("tensor_parallel_size", 1)) * int(engine_args.get("pipeline_parallel_size", 1))
+    groups = len(machine.gpus) // width
+    if not groups:
+        raise Refusal(f"an engine needs {width} GPUs and there are {len(machine.gpus)}: lower tensor_parallel_size")
+    names = [",".join(machine.gpus[n % groups * width : (n % groups + 1) * width]) for n in range(workers)]
+    crowd = math.ceil(workers / groups)
+    return names, 0.0 if crowd == 1 else math.floor(GPU_SHARE / crowd * 100) / 100
+
+
+def _service(
+    role: str,
+    service_id: str,
+    given: Mapping[str, Any],
+    programs: Programs,
+    *,
+    probe_port: int = 0,
+    probe_url: str = "",
+    environ: Mapping[str, str] | None = None,
+) -> Process:
+    known = SERVICES[role].__struct_fields__
+    settings = {key: value for key, value in given.items() if key in known and value != ""}
+    settings["id"] = service_id
+    if not probe_url:
+        settings["probe_port"] = probe_port
+        probe_url = f"http://{LOOPBACK}:{probe_port}"
+    process = Process(
+        role=role,
+        id=service_id,
+        command=tuple(programs[role]),
+        node="" if role == "gateway" else NODE,
+        settings=settings,
+        environ=dict(environ or {}),
+        probe_url=probe_url,
+    )
+    return msgspec.structs.replace(process, drain_s=resolved(process).drain_s)
+
+
+def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
+    prompt = model.kv_bytes(_max_len(options, model), _value_bytes(options))
+    least_arena = ARENA_PROMPTS * prompt
+    arena = min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), int(machine.free_shm_bytes * GPU_SHARE))
+    arena = int(options.arena_gib * GIB) or max(arena, least_arena)
+    kv = 0
+    if not machine.gpus:
+        wanted = min(KV_PROMPTS * prompt, int(machine.memory_bytes * KV_SHARE))
+        kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
+    weights = 0 if machine.gpus else model.weights_bytes
+    workers = options.prefill + options.decode
+    return Rooms(arena=arena, kv=kv, total=workers * (WORKER_BYTES + weights + kv) + arena + SERVICE_BYTES)
+
+
+def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms) -> None:
+    shorter = "use a shorter --engine-arg max_model_len=N"
+    if rooms.arena > machine.free_shm_bytes:
+        raise Refusal(
+            f"shared memory has {_gib(machine.free_shm_bytes)} free in {options.shm_dir} and the KV arena needs "
+            f"{_gib(rooms.arena)}: enlarge it (docker: --shm-size), pass a smaller --arena-gib, or {shorter}"
+        )
+    if rooms.total > machine.free_memory_bytes:
+        raise Refusal(
+            f"this needs about {_gib(rooms.total)} of memory and {_gib(machine.free_memory_bytes)} is free: "
+            f"start fewer workers, pass a smaller --kv-gib or --arena-gib, or {shorter}"
+        )
+
+
+def _max_len(options: UpOptions, model: Model) -> int:
+    wanted = options.engine_args.get("max_model_len")
+    return wanted if isinstance(wanted, int) and wanted > 0 else model.max_len
+
+
+def _value_bytes(options: UpOptions) -> int:
+    return 2 if options.engine_args.get("dtype") in ("bfloat16", "float16", "half") else WIDEST_VALUE_BYTES
+
+
+def _reachable(host: str) -> str:
+    """How this machine itself names the address that the gateway listens on."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        address = ipaddress.ip_address(LOOPBACK if address.version == 4 else "::1")
+    return str(address) if address.version == 4 else f"[{address}]"
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for core in cores:
+        if parts and core == parts[-1][-1] + 1:
+            parts[-1].append(core)
+        else:
+            parts.append([core])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / 1024**2:.0f} MiB"

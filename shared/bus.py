@@ -1,0 +1,186 @@
+"""NATS as Baton uses it: typed request/reply and publish, with trace context in the headers.
+
+Invariants: every request has a deadline and a reply subject, so a missing responder is an instant `WorkerLost`; every
+handler guards each message, so one bad message is counted and answered, never fatal; a `Failure` reply is raised
+again as the error it stands for. Handlers of requests run concurrently, at most `max_handlers` at once.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+import nats
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from opentelemetry.context import Context
+
+from shared import telemetry, wire
+from shared.errors import BatonError, BusUnavailable, Internal, SettingsError, Timeout, WorkerLost, from_wire
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=wire.Message)
+RequestHandler = Callable[[wire.AnyMessage, Context], Awaitable[wire.Message]]
+MessageHandler = Callable[[wire.AnyMessage], None]
+
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+CONNECT_S = 10.0
+
+
+class Bus:
+    """One connection to NATS. Create with `connect`, end with `close`."""
+
+    def __init__(self, client: Client, *, max_handlers: int) -> None:
+        self._client = client
+        self._max_handlers = max_handlers
+        self._handlers: set[asyncio.Task[None]] = set()
+        self.bad_messages = 0  # read by each service's metrics
+        self.reconnects = 0  # each time, what others published meanwhile may be lost
+
+    @classmethod
+    async def connect(cls, url: str, name: str, *, max_handlers: int = 4096) -> "Bus":
+        """Raises SettingsError when no server answers within CONNECT_S: at start that is a configuration matter."""
+        client = Client()
+        bus = cls(client, max_handlers=max_handlers)
+
+        async def on_error(error: Exception) -> None:
+            log.warning("bus: %s: %s", type(error).__name__, error)
+
+        async def on_disconnect() -> None:
+            log.warning("bus: disconnected")
+
+        async def on_reconnect() -> None:
+            bus.reconnects += 1
+            log.info("bus: connected again")
+
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await client.connect(
+                    url.split(","),
+                    name=name,
+                    error_cb=on_error,
+                    disconnected_cb=on_disconnect,
+                    reconnected_cb=on_reconnect,
+                    connect_timeout=2,
+                    reconnect_time_wait=0.2,  # seconds; fractions work
+                    max_reconnect_attempts=-1,
+                    ping_interval=5,
+                    max_outstanding_pings=2,
+                )
+        except (OSError, TimeoutError, nats.errors.Error) as error:
+            raise SettingsError(f"setting 'nats_url': no NATS server answers: {type(error).__name__}") from error
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    @property
+    def running_handlers(self) -> int:
+        return len(self._handlers)
+
+    async def request(self, subject: str, message: wire.Message, expect: type[M], *, timeout_s: float) -> M | wire.Busy:
+        """Ask and wait. Busy is an answer; a Failure is raised.
+
+        Raises WorkerLost when nobody listens there, Timeout, BusUnavailable, or the error that the other side sent.
+        """
+        try:
+            answer = await self._client.request(
+                subject, wire.encode(message), timeout=timeout_s, headers=telemetry.inject() or None
+            )
+        except nats.errors.NoRespondersError as error:
+            raise WorkerLost(f"nobody listens on {subject}") from error
+        except (TimeoutError, nats.errors.TimeoutError) as error:
+            raise Timeout(f"no answer on {subject} within {timeout_s:g} s") from error
+        except (nats.errors.Error, OSError) as error:
+            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
+        reply = _decode(answer.data)
+        if isinstance(reply, wire.Failure):
+            raise from_wire(reply.code, reply.message, param=reply.param, retry_after_s=reply.retry_after_s)
+        if isinstance(reply, (expect, wire.Busy)):
+            return reply
+        raise Internal(f"unexpected {type(reply).__name__} on {subject}")
+
+    async def publish(self, subject: str, message: wire.Message) -> None:
+        """Send and forget. Raises BusUnavailable."""
+        try:
+            await self._client.publish(subject, wire.encode(message))
+        except (nats.errors.Error, OSError) as error:
+            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
+
+    async def serve(self, subject: str, handler: RequestHandler) -> Subscription:
+        """Answer requests on a subject, each in a task of its own, with the sender's trace context."""
+
+        async def on_message(msg: Msg) -> None:
+            if len(self._handlers) >= self._max_handlers:
+                await self._respond(msg, wire.Busy(reason="max_handlers"))
+                return
+            task = asyncio.create_task(self._answer(msg, handler))
+            self._handlers.add(task)
+            task.add_done_callback(self._handlers.discard)
+
+        return await self._client.subscribe(subject, cb=on_message)
+
+    async def listen(self, subject: str, handler: MessageHandler) -> Subscription:
+        """Call a plain function for each published message, in order, on the loop. It must not block."""
+
+        async def on_message(msg: Msg) -> None:
+            try:
+                handler(wire.decode(msg.data))
+            except Exception:  # one bad message must not silence the subscription
+                self.bad_messages += 1
+                log.exception("bus: message on %s dropped", msg.subject)
+
+        return await self._client.subscribe(subject, cb=on_message)
+
+    async def flush(self) -> None:
+        """Until the server has seen everything sent so far, e.g. that a subscription is in place."""
+        await self._client.flush(timeout=5)
+
+    async def close(self) -> None:
+        """Cancel running handlers and disconnect."""
+        for task in self._handlers:
+            task.cancel()
+        await asyncio.gather(*self._handlers, return_exceptions=True)
+        await self._client.close()
+
+    async def _answer(self, msg: Msg, handler: RequestHandler) -> None:
+        try:
+            reply = await handler(_decode(msg.data), telemetry.extract(msg.headers))
+        except BatonError as error:
+            reply = failure(error)
+        except Exception:  # the boundary: the asker gets an answer whatever went wrong
+            self.bad_messages += 1
+            log.exception("bus: handler of %s failed", msg.subject)
+            reply = wire.Failure(code=Internal.code, message="internal error")
+        await self._respond(msg, reply)
+
+    async def _respond(self, msg: Msg, reply: wire.Message) -> None:
+        if not msg.reply:
+            return
+        try:
+            await self._client.publish(msg.reply, wire.encode(reply))
+        except (nats.errors.Error, OSError) as error:
+            log.warning("bus: reply lost: %s", type(error).__name__)
+
+
+def failure(error: BatonError, backlog: wire.Backlog | None = None) -> wire.Failure:
+    """The message that carries an error."""
+    return wire.Failure(
+        code=error.code,
+        message=error.message,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+        backlog=backlog or wire.Backlog(),
+    )
+
+
+def _decode(data: bytes) -> wire.AnyMessage:
+    try:
+        return wire.decode(data)
+    except msgspec.DecodeError as error:
+        raise Internal("a message could not be read") from error

@@ -1,0 +1,173 @@
+"""Settings of every service: defaults < YAML file (BATON_CONFIG) < BATON_* variables; checked once, at start.
+
+One frozen type per service, built only in its `__main__.py` and passed to constructors. A key that no service knows
+is an error that names it. Fields in `SECRETS` are redacted when settings are shown.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import yaml
+
+from shared.errors import SettingsError
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]  # 0: the kernel chooses
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]  # a NATS subject token
+
+
+class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every service has."""
+
+    cluster: Name = "baton"
+    id: Name  # unique in the cluster, e.g. prefill-0
+    nats_url: str = "nats://127.0.0.1:4222"
+    redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path
+    probe_host: str = "127.0.0.1"  # /health /ready /metrics of this service
+    probe_port: Port = 0
+    log_format: Annotated[str, msgspec.Meta(pattern="^(human|json)$")] = "human"
+    log_level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
+    drain_s: Positive = 30.0  # how long running requests may go on after SIGTERM
+
+
+class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
+    model: str  # folder or Hugging Face id; the gateway reads its tokenizer and chat template
+    revision: str = ""
+    served_model_name: str = ""  # default: the folder's name, or the id
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
+    local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto: shorter prompts are not split
+    allow_anonymous: bool = False
+    max_body_bytes: Count = 4 * 1024 * 1024
+    max_n: Count = 16
+    max_prompts: Count = 32  # in one completion request
+    max_requests: Count = 4096  # in flight or queued in this gateway
+    queue_s: Positive = 30.0  # how long a request may wait for a worker
+    request_s: Positive = 600.0  # for a whole request
+    progress_s: Positive = 60.0  # a stream without a row for this long is stalled
+    handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    header_wait_s: Positive = 15.0  # then headers go out and ': waiting' comments keep the stream alive
+
+
+class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
+    """Of prefill and decode workers alike: their defaults for `takes` differ, in their `__main__.py`."""
+
+    model: str
+    revision: str = ""
+    served_model_name: str = ""
+    engine: Annotated[str, msgspec.Meta(pattern="^(vllm)$")] = "vllm"
+    engine_args: dict[str, Any] = {}  # any vLLM engine argument, e.g. {"dtype": "float32"}
+    takes: list[str] = []  # prefill, decode; empty: the service's default
+    node: Name = "node-0"
+    kv_socket: str = ""  # of the node's kv_transfer
+    max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
+    prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
+    cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
+    kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: vLLM's default
+    reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
+    lease_s: Positive = 120.0  # a lease that is not released by then is revoked
+    wedge_s: Positive = 60.0  # an engine without a sign of life for this long ends the worker; no step may take longer
+
+
+class KvSettings(CommonSettings, frozen=True, kw_only=True):
+    node: Name = "node-0"
+    kv_socket: str  # unix socket it listens on
+    arena_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # 0: min(2 GiB, 10 % of memory)
+    shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
+
+
+SERVICES: dict[str, type[CommonSettings]] = {
+    "gateway": GatewaySettings,
+    "prefill": WorkerSettings,
+    "decode": WorkerSettings,
+    "kv": KvSettings,
+}
+SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
+PREFIX = "BATON_"
+CONFIG_KEY = "BATON_CONFIG"
+# Read by the launcher, not by a service.
+LAUNCHER_KEYS = frozenset({"BATON_HOME"})
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
+    """Build one service's settings. Raises SettingsError naming the key."""
+    env = os.environ if environ is None else environ
+    values = _from_yaml(env.get(CONFIG_KEY, ""))
+    values.update(_from_env(env))
+    known = set(cls.__struct_fields__)
+    everyone = set().union(*(set(s.__struct_fields__) for s in SERVICES.values()))
+    for key in values:
+        if key not in everyone:
+            raise SettingsError(f"unknown setting {key!r}: known are {', '.join(sorted(known))}")
+    mine = {key: value for key, value in values.items() if key in known}
+    for field in msgspec.structs.fields(cls):
+        if field.name in mine:
+            mine[field.name] = _convert(field.name, mine[field.name], field.type)
+        elif field.required:
+            raise SettingsError(f"missing setting {field.name!r}: set {PREFIX}{field.name.upper()}")
+    return cls(**mine)
+
+
+def shown(settings: CommonSettings) -> dict[str, Any]:
+    """For the log and `baton config`: secrets redacted."""
+    values = msgspec.structs.asdict(settings)
+    return {key: "***" if key in SECRETS and "@" in str(value) else value for key, value in values.items()}
+
+
+def served_name(model: str, given: str) -> str:
+    """What clients call a model: the given name, else the folder's, else the repository id.
+
+    Gateway and workers must agree on it: a gateway hears only workers of its own model.
+    """
+    if given:
+        return given
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def to_environ(values: Mapping[str, Any]) -> dict[str, str]:
+    """The BATON_* variables that give a child process these values."""
+    return {
+        PREFIX + key.upper(): value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for key, value in values.items()
+    }
+
+
+def _from_yaml(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"{CONFIG_KEY}: cannot read {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"{CONFIG_KEY}: {path} must hold a mapping of settings")
+    return loaded
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        key[len(PREFIX) :].lower(): value
+        for key, value in env.items()
+        if key.startswith(PREFIX) and key != CONFIG_KEY and key not in LAUNCHER_KEYS
+    }
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    # Variables are strings: lists and maps are written as JSON there.
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        try:
+            value = msgspec.json.decode(value)
+        except msgspec.DecodeError as error:
+            raise SettingsError(f"setting {key!r}: not valid JSON: {error}") from error
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"setting {key!r}: {error}") from error

@@ -1,0 +1,42 @@
+"""NATS subjects as functions; nothing else in Baton spells a subject. `c` is the cluster's name."""
+
+
+def decode(c: str, worker: str) -> str:
+    return f"{c}.decode.{worker}"
+
+
+def prefill(c: str, worker: str) -> str:
+    return f"{c}.prefill.{worker}"
+
+
+def gateway(c: str, gateway_id: str) -> str:
+    return f"{c}.gateway.{gateway_id}"
+
+
+def cancel(c: str, worker: str) -> str:
+    return f"{c}.cancel.{worker}"
+
+
+def kv(c: str, node: str) -> str:
+    return f"{c}.kv.{node}"
+
+
+def ping(c: str, worker: str) -> str:
+    return f"{c}.ping.{worker}"
+
+
+def beat(c: str, role: str, service_id: str) -> str:
+    return f"{c}.beat.{role}.{service_id}"
+
+
+def all_beats(c: str) -> str:
+    return f"{c}.beat.*.*"
+
+
+def metrics(c: str, service_id: str) -> str:
+    return f"{c}.metrics.{service_id}"
+
+
+def everything(c: str) -> str:
+    """All traffic of a cluster, for `baton tap`."""
+    return f"{c}.>"

@@ -1,0 +1,241 @@
+"""A decode job: reserve, accept, wait for the prompt's blocks, then stream every token from one engine."""
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from shared import telemetry, wire
+from shared.bus import failure
+from shared.errors import BatonError, Internal, KvLost, KvMemory, Timeout
+from shared.kv.blocks import block_keys
+from shared.kv.messages import Ready, Reserved
+from shared.worker.batches import Stream
+from shared.worker.context import WorkerContext
+from shared.worker.engine import EngineDelta, EngineRequest, KvPlan
+from shared.worker.leases import leading, reserve
+
+log = logging.getLogger(__name__)
+
+
+class DecodeHandler:
+    """Answers `{c}.decode.{worker}`: Accepted at once, the tokens in TokenBatches. At most `limit` jobs, then Busy."""
+
+    def __init__(self, context: WorkerContext, limit: int) -> None:
+        self._context = context
+        self._limit = limit
+        self._running = 0
+
+    async def __call__(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
+        context = self._context
+        if not isinstance(job, wire.DecodeJob):
+            raise TypeError(f"a decode subject got {type(job).__name__}")
+        if context.draining or self._running >= self._limit:
+            return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
+        accepted: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
+        task = context.jobs.spawn((job.request, job.attempt), self._job(job, parent, accepted))
+        # A task that is cancelled before its first step runs nothing of its own.
+        task.add_done_callback(lambda _: _refuse(accepted, context.jobs.stopped()))
+        return await accepted
+
+    async def _job(self, job: wire.DecodeJob, parent: Context, accepted: "asyncio.Future[wire.Message]") -> None:
+        """The whole job. Whatever goes wrong is answered: before `accepted` there, after it in the stream."""
+        context = self._context
+        stream = context.batches.open(job.gateway, job.request, job.attempt)
+        self._running += 1
+        try:
+            with telemetry.tracer().start_as_current_span(telemetry.DECODE_JOB, context=parent) as span:
+                span.set_attribute("baton.worker", context.id)
+                async with asyncio.timeout(job.timeout_s):
+                    await _Run(context, job, stream, accepted).go()
+        except KvMemory:
+            _answer(accepted, stream, wire.Busy(reason=KvMemory.code, backlog=context.backlog()))
+        except BatonError as error:
+            _answer(accepted, stream, failure(error, context.backlog()))
+        except TimeoutError:
+            _answer(accepted, stream, failure(Timeout(f"the request took longer than {job.timeout_s:g} s")))
+        except asyncio.CancelledError:
+            _answer(accepted, stream, failure(context.jobs.stopped()))
+            raise
+        except Exception:  # the job's boundary: the client gets an end whatever went wrong
+            log.exception("decode job failed")
+            _answer(accepted, stream, failure(Internal("internal error")))
+        finally:
+            self._running -= 1
+
+
+def _refuse(accepted: "asyncio.Future[wire.Message]", error: BatonError) -> None:
+    if not accepted.done():
+        accepted.set_result(failure(error))
+
+
+def _answer(accepted: "asyncio.Future[wire.Message]", stream: Stream, message: wire.Message) -> None:
+    if not accepted.done():
+        accepted.set_result(message)
+    elif isinstance(message, wire.Failure):
+        stream.failure(message)
+
+
+class _Run:
+    """One job's way through reserve, wait and stream. Its lease is released on every path out."""
+
+    def __init__(
+        self, context: WorkerContext, job: wire.DecodeJob, stream: Stream, accepted: "asyncio.Future[wire.Message]"
+    ) -> None:
+        self._context = context
+        self._job = job
+        self._stream = stream
+        self._accepted = accepted
+        self._tokens = len(job.tokens) // 4
+        self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
+        self._recomputed = 0
+
+    async def go(self) -> None:
+        context = self._context
+        try:
+            slots = await self._reserve()
+            self._accept(slots)
+            plan = await self._plan(slots)
+            context.queued_tokens += self._tokens if plan is None else 0
+            try:
+                await self._generate(plan)
+            finally:
+                context.queued_tokens -= self._tokens if plan is None else 0
+        finally:
+            context.kv.release_soon(self._lease)
+
+    async def _reserve(self) -> Reserved | None:
+        """None: there is no store, or this model's KV cannot be handed over; the engine computes everything."""
+        context, job = self._context, self._job
+        attached = context.kv.attached
+        if attached is None or not context.engine.info.splits:
+            return None
+        geometry = attached.geometry
+        keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
+        try:
+            return await reserve(context, self._lease, job.request, keys, write=not job.prefill)
+        except KvLost as error:
+            log.warning("kv: serving without the store: %s", error.message)
+            return None
+
+    def _accept(self, slots: Reserved | None) -> None:
+        # Without a store nobody needs to prefill: nothing could be handed over.
+        cached = self._tokens if slots is None else self._covered(leading(slots.committed))
+        self._accepted.set_result(
+            wire.Accepted(
+                request=self._job.request,
+                attempt=self._job.attempt,
+                node=self._context.node,
+                lease=self._lease,
+                cached_tokens=cached,
+                backlog=self._context.backlog(),
+            )
+        )
+
+    async def _plan(self, slots: Reserved | None) -> KvPlan | None:
+        """Wait for the hand-off; what is not there by its deadline is recomputed, and counted."""
+        job, context = self._job, self._context
+        attached = context.kv.attached
+        if slots is None or attached is None:
+            self._recompute(self._tokens if job.prefill and context.engine.info.splits else 0)
+            return None
+        found: Reserved | Ready = slots
+        if job.prefill and not all(slots.committed):
+            try:
+                found = await context.kv.wait(self._lease, timeout_s=job.handoff_s)
+            except KvLost as error:
+                log.warning("kv: the hand-off is lost: %s", error.message)
+                self._recompute(self._tokens)
+                return None
+        # A prompt's log probabilities come from computing it.
+        load = leading(found.committed) if job.sampling.prompt_logprobs is None else 0
+        if job.prefill:
+            self._recompute(self._tokens - self._covered(load))
+        return KvPlan(
+            arena=attached.arena,
+            lease=self._lease,
+            slots=found.slots,
+            words=found.words,
+            load=load,
+            save=not job.prefill,
+            write=[] if job.prefill else [not committed for committed in found.committed],
+        )
+
+    async def _generate(self, plan: KvPlan | None) -> None:
+        context, job = self._context, self._job
+        started_ns, first_token, prompt_sent = time.time_ns(), False, False
+        request = EngineRequest(
+            id=f"{job.request}-{job.attempt}-d-{time.monotonic_ns()}",
+            tokens=wire.unpack_tokens(job.tokens),
+            sampling=job.sampling,
+            kv=plan,
+            salt=job.salt.hex(),
+            priority=job.priority,
+        )
+        progress = _Progress(job.sampling.n)
+        async with aclosing(context.engine.generate(request)) as deltas:
+            async for delta in deltas:
+                if not first_token:
+                    first_token = True
+                    _first_token_span(started_ns)
+                if delta.prompt_logprobs is not None and not prompt_sent:
+                    prompt_sent = True
+                    await self._stream.prompt(delta.prompt_logprobs)  # every choice's are the same
+                if progress.saw(delta):
+                    context.kv.release_soon(self._lease)  # every choice has its prompt's KV in the engine
+                self._stream.delta(delta, self._usage(progress, delta) if progress.ended else None)
+
+    def _usage(self, progress: "_Progress", delta: EngineDelta) -> wire.DecodeUsage:
+        self._context.count_prompt(self._tokens, delta)
+        return wire.DecodeUsage(
+            completion_tokens=progress.tokens,
+            loaded_tokens=progress.loaded_tokens,
+            engine_cached_tokens=max(0, progress.cached_tokens - progress.loaded_tokens),
+            recomputed_tokens=self._recomputed + delta.recomputed_tokens,
+        )
+
+    def _recompute(self, tokens: int) -> None:
+        self._recomputed = tokens
+        self._context.metrics.recomputed_tokens.inc(tokens)
+
+    def _covered(self, blocks: int) -> int:
+        attached = self._context.kv.attached
+        return min(blocks * attached.geometry.block_size, self._tokens) if attached else 0
+
+
+class _Progress:
+    """Which choices have started, which have ended, and what the one that found least computed of the prompt found."""
+
+    def __init__(self, choices: int) -> None:
+        self._choices = choices
+        self._started: set[int] = set()
+        self._ended: set[int] = set()
+        self.tokens = 0
+        # A later choice finds what the first has just computed: that was computed for this request.
+        self.cached_tokens = 0
+        self.loaded_tokens = 0
+
+    @property
+    def ended(self) -> bool:
+        return len(self._ended) == self._choices
+
+    def saw(self, delta: EngineDelta) -> bool:
+        """True once: when the last choice has started."""
+        self.tokens += len(delta.tokens)
+        if delta.finish is not None:
+            if not self._ended or delta.cached_tokens < self.cached_tokens:
+                self.cached_tokens, self.loaded_tokens = delta.cached_tokens, delta.loaded_tokens
+            self._ended.add(delta.choice)
+        before = len(self._started)
+        self._started.add(delta.choice)
+        return before < len(self._started) == self._choices
+
+
+def _first_token_span(started_ns: int) -> None:
+    span = telemetry.tracer().start_span(
+        telemetry.DECODE_FIRST_TOKEN, context=trace.set_span_in_context(trace.get_current_span()), start_time=started_ns
+    )
+    span.end()

@@ -1,0 +1,79 @@
+"""The jobs of one worker: who runs, who was cancelled. Nothing else about a request is kept here."""
+
+import asyncio
+import collections
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from shared.errors import BatonError, Cancelled
+
+T = TypeVar("T")
+Key = tuple[str, int]  # request, attempt
+
+REMEMBER_S = 60.0
+REMEMBER_MOST = 100_000
+STOP_S = 10.0
+
+
+class Jobs:
+    """Every job is a task under its (request, attempt). A cancel stops it, or bars it if it has not come yet."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Key, asyncio.Task[Any]] = {}
+        self._cancelled: collections.OrderedDict[Key, float] = collections.OrderedDict()
+        self._verdict: BatonError | None = None
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    async def run(self, key: Key, job: Coroutine[Any, Any, T]) -> T:
+        """Run to its end here. Raises Cancelled for a Cancel before or during it, else what `drain` stops it with."""
+        task = self.spawn(key, job)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+            raise self.stopped() from None
+
+    def spawn(self, key: Key, job: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Start a job that goes on by itself. Raises Cancelled when its cancel was here first."""
+        if key in self._cancelled or key in self._tasks:
+            job.close()
+            raise Cancelled("the request was cancelled" if key in self._cancelled else "this attempt already runs")
+        task = asyncio.create_task(job)
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        return task
+
+    async def cancel(self, key: Key, now: float) -> None:
+        """Returns when the job has cleaned up behind itself."""
+        self._remember(key, now)
+        task = self._tasks.get(key)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=STOP_S)
+
+    def stopped(self) -> BatonError:
+        """Why a job that was stopped had to."""
+        return self._verdict or Cancelled("the request was cancelled")
+
+    async def drain(self, seconds: float, verdict: BatonError) -> None:
+        """Wait for all to end, then stop the rest: each tells its gateway the verdict."""
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=seconds)
+        self._verdict = verdict
+        for task in list(self._tasks.values()):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=STOP_S)
+
+    def _remember(self, key: Key, now: float) -> None:
+        self._cancelled[key] = now
+        self._cancelled.move_to_end(key)
+        while self._cancelled:
+            oldest = next(iter(self._cancelled))
+            if now - self._cancelled[oldest] < REMEMBER_S and len(self._cancelled) <= REMEMBER_MOST:
+                break
+            del self._cancelled[oldest]

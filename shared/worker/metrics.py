@@ -1,0 +1,43 @@
+"""A worker's metrics; names of design section 9."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from shared.process_metrics import watch_process
+
+
+class WorkerMetrics:
+    """One per process, passed to whoever counts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        watch_process(self.registry)
+        self.prefix_tokens = Counter(
+            "baton_prefix_tokens",
+            "Prompt tokens by where their KV came from",
+            ["source"],
+            registry=self.registry,
+        )
+        self.recomputed_tokens = Counter(
+            "baton_kv_recomputed_tokens",
+            "Prompt tokens that a hand-off or a cache had promised and this engine computed after all",
+            registry=self.registry,
+        )
+        self.batch_size = Histogram(
+            "baton_batch_size",
+            "Rows in a TokenBatch: sequences that got a token in one step",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            registry=self.registry,
+        )
+        self.jobs = Gauge("baton_worker_jobs", "Jobs running on this worker", registry=self.registry)
+        self.running = Gauge("baton_engine_running", "Sequences in the engine's batch", registry=self.registry)
+        self.waiting = Gauge("baton_engine_waiting", "Requests in the engine's queue", registry=self.registry)
+        self.kv_usage = Gauge("baton_engine_kv_usage", "Share of the engine's KV pages in use", registry=self.registry)
+        self.preemptions = Gauge("baton_engine_preemptions", "Preemptions so far, from vLLM", registry=self.registry)
+        self.computed_prompt_tokens = Gauge(
+            "baton_engine_computed_prompt_tokens",
+            "Prompt tokens computed so far, by vLLM's own counter",
+            registry=self.registry,
+        )
+        self.bad_messages = Gauge("baton_bus_bad_messages", "Messages dropped", registry=self.registry)
+        for source in ("computed", "engine", "node", "peer"):
+            self.prefix_tokens.labels(source=source)

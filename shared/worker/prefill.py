@@ -1,0 +1,101 @@
+"""A prefill job: compute a prompt's blocks and leave them committed in the node's store."""
+
+import asyncio
+import time
+from contextlib import aclosing
+
+from opentelemetry.context import Context
+
+from shared import telemetry, wire
+from shared.errors import KvLost, KvMemory, Timeout
+from shared.kv.blocks import block_keys
+from shared.worker.context import WorkerContext
+from shared.worker.engine import EngineRequest, KvPlan
+from shared.worker.leases import held, leading
+
+# Prefill needs none of the request's sampling parameters: its token is thrown away, decode samples every one.
+_ONE_TOKEN = wire.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
+
+
+class PrefillHandler:
+    """Answers `{c}.prefill.{worker}`. At most `limit` jobs at once, then Busy."""
+
+    def __init__(self, context: WorkerContext, limit: int) -> None:
+        self._context = context
+        self._limit = limit
+        self._running = 0
+
+    async def __call__(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
+        context = self._context
+        if not isinstance(job, wire.PrefillJob):
+            raise TypeError(f"a prefill subject got {type(job).__name__}")
+        if context.draining or self._running >= self._limit:
+            return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
+        self._running += 1
+        tokens = len(job.tokens) // 4
+        context.queued_tokens += tokens
+        try:
+            with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
+                span.set_attribute("baton.worker", context.id)
+                span.set_attribute("baton.prompt_tokens", tokens)
+                return await context.jobs.run((job.request, job.attempt), self._run(job))
+        except KvMemory:
+            return wire.Busy(reason=KvMemory.code, backlog=context.backlog())
+        finally:
+            self._running -= 1
+            context.queued_tokens -= tokens
+
+    async def _run(self, job: wire.PrefillJob) -> wire.Message:
+        try:
+            async with asyncio.timeout(job.timeout_s):
+                return await self._compute(job)
+        except TimeoutError:
+            raise Timeout(f"prefill took longer than {job.timeout_s:g} s") from None
+
+    async def _compute(self, job: wire.PrefillJob) -> wire.Message:
+        context = self._context
+        attached = context.kv.attached
+        if attached is None:
+            raise KvLost("this node's KV store is away")
+        geometry = attached.geometry
+        keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
+        take_from = job.lease if job.node == context.node else ""
+        async with held(context, job.request, job.attempt, keys, write=True, take_from=take_from) as (lease, slots):
+            hits = leading(slots.committed)
+            cached = min(hits * geometry.block_size, len(job.tokens) // 4)
+            if hits < len(keys):
+                plan = KvPlan(
+                    arena=attached.arena,
+                    lease=lease,
+                    slots=slots.slots,
+                    words=slots.words,
+                    load=hits,
+                    save=True,
+                    write=[not committed for committed in slots.committed],
+                )
+                cached = await self._engine(job, plan)
+                ready = await context.kv.wait(lease, timeout_s=0)
+                if not ready.complete:
+                    raise KvLost("the prompt was computed, but not all of its blocks reached the store")
+        return wire.PrefillDone(
+            request=job.request, attempt=job.attempt, cached_tokens=cached, backlog=context.backlog()
+        )
+
+    async def _engine(self, job: wire.PrefillJob, plan: KvPlan) -> int:
+        """Returns the prompt tokens that were not computed."""
+        context = self._context
+        tokens = wire.unpack_tokens(job.tokens)
+        request = EngineRequest(
+            id=f"{job.request}-{job.attempt}-p-{time.monotonic_ns()}",
+            tokens=tokens,
+            sampling=_ONE_TOKEN,
+            kv=plan,
+            salt=job.salt.hex(),
+            priority=job.priority,
+        )
+        cached = 0
+        async with aclosing(context.engine.generate(request)) as deltas:
+            async for delta in deltas:
+                cached = max(cached, delta.cached_tokens)
+                context.count_prompt(len(tokens), delta)
+        return cached

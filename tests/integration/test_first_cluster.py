@@ -1,0 +1,114 @@
+"""What a stranger meets: `baton up` with the demo model, chat, the OpenAI client, one unbroken trace."""
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from loadtest.otlp import Receiver, Span
+from tests.support.cluster import Cluster, running_cluster
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+MODEL = "baton-demo"
+QUESTION = [{"role": "user", "content": "What is Baton?"}]
+# span -> (the service that makes it, its parent)
+TREE = {
+    "gateway.request": ("gateway", None),
+    "gateway.admission": ("gateway", "gateway.request"),
+    "gateway.queue": ("gateway", "gateway.request"),
+    "decode.job": ("decode", "gateway.request"),
+    "prefill.job": ("prefill", "gateway.request"),
+    "kv.push": ("kv", "prefill.job"),
+    "kv.load": ("kv", "decode.job"),
+    "decode.first_token": ("decode", "decode.job"),
+}
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def cluster(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(
+        tmp_path_factory.mktemp("home"),
+        "--arrangement=split",
+        OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url,
+        OTEL_BSP_SCHEDULE_DELAY="100",
+    ) as cluster:
+        yield cluster
+
+
+def is_true_sentence(text: str) -> bool:
+    return text.strip().endswith(".") and "prefill" in text.lower() and "decode" in text.lower()
+
+
+def test_chat_command_answers(cluster: Cluster) -> None:
+    done = cluster.command("chat", "What is Baton?")
+    assert done.returncode == 0, done.stderr
+    assert is_true_sentence(done.stdout), done.stdout
+
+
+def test_openai_client_whole(cluster: Cluster) -> None:
+    answer = cluster.client().chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+    assert is_true_sentence(answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_openai_client_streamed(cluster: Cluster) -> None:
+    whole = cluster.client().chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+    stream = cluster.client().chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
+    )
+    assert len(chunks) > 5, "it came in one piece"
+
+
+def test_status(cluster: Cluster) -> None:
+    status = cluster.status()
+    assert status["ready"]
+    assert {service["role"] for service in status["services"]} == {
+        "nats",
+        "redis",
+        "kv",
+        "prefill",
+        "decode",
+        "gateway",
+    }
+    assert {service["state"] for service in status["services"]} == {"ready"}
+
+
+def test_one_unbroken_trace(cluster: Cluster, receiver: Receiver) -> None:
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    cluster.client().chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": f"Something that nobody has asked before: {trace_id}"}],
+        max_tokens=4,
+        extra_headers={"traceparent": f"00-{trace_id}-{span_id}-01"},
+    )
+    spans = receiver.wait_for(trace_id, set(TREE))
+    by_name: dict[str, Span] = {span.name: span for span in spans}
+    assert set(by_name) == set(TREE)
+    assert len(spans) == len(TREE), "a span came twice"
+    for name, (service, parent) in TREE.items():
+        assert by_name[name].service == service, name
+        assert by_name[name].parent_id == (by_name[parent].span_id if parent else span_id), name
+    push, load = by_name["kv.push"], by_name["kv.load"]
+    assert push.end_ns <= load.start_ns
+    # The block that holds the last token may hold nothing else; then it is written and not read.
+    assert (
+        0
+        <= push.attributes["bytes"] - load.attributes["bytes"]
+        <= push.attributes["bytes"] // push.attributes["blocks"]
+    )

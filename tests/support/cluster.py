@@ -1,0 +1,170 @@
+"""A whole cluster as a user starts it: `baton up` in a process, an OpenAI client to talk to it, and its pids."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+BATON = [sys.executable, "-m", "services.launcher"]
+START_S = 240
+STOP_S = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Cluster:
+    """Built by `running_cluster`."""
+
+    def __init__(self, port: int, home: Path, process: "subprocess.Popen[str]") -> None:
+        self.port = port
+        self.home = home
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120, **options)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def status(self) -> dict[str, Any]:
+        done = self.command("status", "--json")
+        return dict(json.loads(done.stdout))
+
+    def command(self, *args: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*BATON, *args, "--port", str(self.port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=environment(self.home),
+            check=False,
+        )
+
+    def services(self, role: str) -> list[dict[str, Any]]:
+        return [service for service in self.status()["services"] if service["role"] == role]
+
+    def pid(self, service_id: str) -> int:
+        (found,) = [s["pid"] for s in self.status()["services"] if s["id"] == service_id]
+        return int(found)
+
+    def metrics(self, role: str) -> dict[str, float]:
+        """Samples of all services of a role, summed by name with labels: `name{a="b"}` -> value."""
+        total: dict[str, float] = {}
+        for service in self.services(role):
+            for name, value in read_metrics(service["metrics_url"]).items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def meter(self, role: str, name: str) -> Callable[[], float]:
+        """Reads one sample of a role's only service, fast enough to catch a moment."""
+        (service,) = self.services(role)
+        return lambda: read_metrics(service["metrics_url"])[name]
+
+    def said(self) -> str:
+        """What the launcher has printed since this was asked last."""
+        assert self.process.stdout is not None
+        pipe, parts = self.process.stdout.fileno(), []
+        os.set_blocking(pipe, False)
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(pipe, 1 << 16):
+                parts.append(part)
+        return b"".join(parts).decode()
+
+    def log(self, service_id: str) -> str:
+        path = self.home / str(self.port) / "logs" / f"{service_id}.log"
+        return path.read_text() if path.exists() else ""
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    url = url if url.endswith("/metrics") else f"{url}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    return {**os.environ, "BATON_HOME": str(home), **extra}
+
+
+@contextlib.contextmanager
+def running_cluster(home: Path, *options: str, port: int | None = None, **env: str) -> Iterator[Cluster]:
+    """`baton up` with these options; at the end SIGINT, and nothing of it may be left."""
+    port = port or free_port()
+    orphaned_before = orphaned_semaphores()
+    process = subprocess.Popen(
+        [*BATON, "up", "--port", str(port), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(home, **env),
+        start_new_session=True,
+    )
+    cluster = Cluster(port, home, process)
+    try:
+        _wait_until_ready(cluster)
+        everyone = psutil.Process(process.pid).children(recursive=True)
+        yield cluster
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=STOP_S)[0]
+        assert process.returncode == 0, output[-2000:]
+        _, alive = psutil.wait_procs(everyone, timeout=10)
+        assert not alive, f"left running: {[p.cmdline() for p in alive if p.is_running()]}"
+        assert not shared_memory(port), "shared memory left behind"
+        # A neighbour's resource tracker may be at work right now.
+        deadline = time.monotonic() + 5
+        while left := orphaned_semaphores() - orphaned_before:
+            assert time.monotonic() < deadline, f"semaphores left behind: {left}"
+    finally:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            process.kill()
+            process.communicate(timeout=30)
+        subprocess.run([*BATON, "down", "--port", str(port)], env=environment(home), capture_output=True, check=False)
+
+
+def shared_memory(port: int) -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob(f"baton-*{port}*")]
+
+
+def orphaned_semaphores() -> set[str]:
+    """Python's, mapped by no living process: nobody will remove them any more."""
+    found = {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            text = maps.read_text()
+            found = {name for name in found if name not in text}
+    return found
+
+
+def _wait_until_ready(cluster: Cluster) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if cluster.process.poll() is not None:
+            raise AssertionError(f"baton up ended: {cluster.process.communicate()[0][-3000:]}")
+        try:
+            with urllib.request.urlopen(f"{cluster.url}/ready", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.2)  # a poll with a deadline: there is no event to wait for across processes
+    cluster.process.send_signal(signal.SIGTERM)
+    raise AssertionError(f"not ready after {START_S} s: {cluster.process.communicate(timeout=60)[0][-3000:]}")

@@ -1,0 +1,201 @@
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from services.launcher.machine import GIB, Machine, free_ports
+from services.launcher.model import Model, read_model
+from services.launcher.options import UpOptions
+from services.launcher.plan import Place, Plan, Process, core_shares, gpu_shares, plan, ports_needed, resolved
+from services.launcher.refusal import Refusal
+from shared.errors import SettingsError
+
+LAPTOP = Machine(cores=((0,), (1,)), memory_bytes=16 * GIB, free_memory_bytes=12 * GIB, free_shm_bytes=8 * GIB)
+SMALL = Model(path="/m/small", name="small", weights_bytes=10**7, kv_values_per_token=1024, max_len=2048)
+PROGRAMS = {role: (role,) for role in ("nats", "redis", "kv", "prefill", "decode", "gateway")}
+
+
+def make(options: UpOptions | None = None, machine: Machine = LAPTOP, model: Model = SMALL) -> Plan:
+    options = options or UpOptions()
+    ports = tuple(range(20000, 20000 + ports_needed(options)))
+    place = Place(run_folder="/run/x", ports=ports, token="secret")  # noqa: S106
+    return plan(options, machine, model, PROGRAMS, place)
+
+
+def one(made: Plan, service_id: str) -> Process:
+    return next(process for process in made.processes if process.id == service_id)
+
+
+def test_a_plan_holds_every_process_with_an_address_of_its_own() -> None:
+    made = make(UpOptions(prefill=2, decode=2))
+    ids = [process.id for process in made.processes]
+    assert ids == ["nats-0", "redis-0", "kv-0", "prefill-0", "prefill-1", "decode-0", "decode-1", "gateway-0"]
+    probes = [process.probe_url for process in made.processes if process.probe_url]
+    assert len(set(probes)) == len(probes) == 6
+    assert made.address == one(made, "gateway-0").probe_url == "http://127.0.0.1:8000"
+    assert {process.node for process in made.processes if process.role in ("kv", "prefill", "decode")} == {"node-0"}
+
+
+def test_every_service_reads_the_settings_that_were_planned() -> None:
+    made = make(UpOptions(engine_args={"dtype": "float32"}, given={"queue_s": "3", "lease_s": 60}, port=8123))
+    gateway, worker, kv = (
+        msgspec.structs.asdict(resolved(one(made, name))) for name in ("gateway-0", "decode-0", "kv-0")
+    )
+    assert (gateway["queue_s"], gateway["port"], gateway["cluster"]) == (3.0, 8123, "baton-8123")
+    assert (worker["lease_s"], worker["engine_args"]) == (60.0, {"dtype": "float32", "enforce_eager": True})
+    assert worker["kv_socket"] == kv["kv_socket"] == "/run/x/kv.sock"
+    assert gateway["redis_url"] == worker["redis_url"] == kv["redis_url"] == "unix:///run/x/redis.sock"
+    assert gateway["nats_url"] == "nats://secret@127.0.0.1:20000"
+    assert gateway["served_model_name"] == worker["served_model_name"] == "small"
+
+
+def test_no_command_line_holds_the_token() -> None:
+    assert "secret" not in str([process.command for process in make().processes])
+
+
+def test_a_setting_that_a_service_would_refuse_is_refused_before_anything_starts() -> None:
+    with pytest.raises(SettingsError, match="drain_s"):
+        make(UpOptions(given={"drain_s": "soon"}))
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("localhost", "http://localhost:8000"),
+        ("10.0.0.5", "http://10.0.0.5:8000"),
+    ],
+)
+def test_the_address_is_one_that_this_machine_can_reach(host: str, address: str) -> None:
+    assert make(UpOptions(host=host)).address == address
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "shares"),
+    [
+        (((0,), (1,)), 2, ["0", "1"]),
+        (((0,), (1,), (2,), (3,), (4,)), 2, ["0-2", "3-4"]),
+        (((0, 4), (1, 5), (2, 6), (3, 7)), 2, ["0-1", "2-3"]),  # one thread of each core
+        (((0, 2), (1, 3)), 3, ["0-1", "2", "3"]),  # more workers than cores, enough threads
+        (((0,), (1,)), 3, ["", "", ""]),  # too few: nobody is pinned
+        (((0,), (2,), (3,), (5,)), 1, ["0,2-3,5"]),
+    ],
+)
+def test_cores_are_shared_out_evenly(cores: tuple[tuple[int, ...], ...], workers: int, shares: list[str]) -> None:
+    assert core_shares(msgspec.structs.replace(LAPTOP, cores=cores), workers) == shares
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "engine_args", "expected"),
+    [
+        ((), 2, {}, (["", ""], 0.0)),
+        (("0", "1"), 2, {}, (["0", "1"], 0.0)),
+        (("0",), 2, {}, (["0", "0"], 0.45)),
+        (("0", "1", "2", "3"), 2, {"tensor_parallel_size": 2}, (["0,1", "2,3"], 0.0)),
+        (("0", "1"), 3, {}, (["0", "1", "0"], 0.45)),
+    ],
+)
+def test_gpus_are_shared_out(
+    gpus: tuple[str, ...], workers: int, engine_args: dict[str, int], expected: tuple[list[str], float]
+) -> None:
+    assert gpu_shares(msgspec.structs.replace(LAPTOP, gpus=gpus), workers, engine_args) == expected
+
+
+def test_workers_on_one_gpu_share_its_memory_unless_told_otherwise() -> None:
+    machine = msgspec.structs.replace(LAPTOP, gpus=("0",))
+    worker = one(make(machine=machine), "decode-0")
+    assert worker.environ == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert worker.settings["engine_args"] == {"gpu_memory_utilization": 0.45}
+    assert worker.settings["kv_gib"] == 0.0
+    told = make(UpOptions(engine_args={"gpu_memory_utilization": 0.2}), machine=machine)
+    assert one(told, "decode-0").settings["engine_args"] == {"gpu_memory_utilization": 0.2}
+
+
+def test_too_few_gpus_are_refused() -> None:
+    with pytest.raises(Refusal, match="needs 4 GPUs and there are 1"):
+        gpu_shares(msgspec.structs.replace(LAPTOP, gpus=("0",)), 2, {"tensor_parallel_size": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "arena_gib", "kv_gib"),
+    [
+        (UpOptions(), 1.6, 0.5),  # a tenth of 16 GiB; a small model
+        (UpOptions(arena_gib=0.25, kv_gib=1.5), 0.25, 1.5),
+        (UpOptions(engine_args={"max_model_len": 262144}), 2.0, 2.4),  # two prompts of 1 GiB; 15 % of memory
+        (UpOptions(engine_args={"max_model_len": 262144, "dtype": "bfloat16"}), 1.6, 2.4),
+    ],
+)
+def test_default_sizes_follow_memory_and_model(options: UpOptions, arena_gib: float, kv_gib: float) -> None:
+    made = make(options, msgspec.structs.replace(LAPTOP, free_memory_bytes=16 * GIB))
+    assert one(made, "kv-0").settings["arena_gib"] == pytest.approx(arena_gib, abs=0.01)
+    assert one(made, "decode-0").settings["kv_gib"] == pytest.approx(kv_gib, abs=0.01)
+
+
+def test_little_shared_memory_makes_the_default_arena_smaller_while_two_prompts_fit() -> None:
+    made = make(machine=msgspec.structs.replace(LAPTOP, free_shm_bytes=GIB // 16))
+    assert one(made, "kv-0").settings["arena_gib"] == pytest.approx(0.9 / 16, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "words"),
+    [
+        (UpOptions(), {"free_shm_bytes": 2**20}, "shared memory has 1 MiB free"),
+        (UpOptions(arena_gib=9), {}, "the KV arena needs 9.0 GiB"),
+        (UpOptions(), {"free_memory_bytes": 4 * GIB}, "start fewer workers"),
+        (UpOptions(prefill=20), {}, "of memory and 12.0 GiB is free"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(options: UpOptions, machine: dict[str, int], words: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        make(options, msgspec.structs.replace(LAPTOP, **machine))
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "max_len"),
+    [
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "hidden_size": 64,
+                "max_position_embeddings": 512,
+            },
+            2 * 2 * 2 * 8,
+            512,
+        ),
+        ({"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "head_dim": 16}, 2 * 3 * 4 * 16, 0),
+        ({"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 1024}, 2 * 2 * 2 * 4, 1024),
+        ({"text_config": {"num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 4}}, 2 * 4, 0),
+        ({"num_hidden_layers": 10, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 10 * 576, 0),
+    ],
+)
+def test_a_models_kv_size_is_read_from_its_config(
+    tmp_path: Path, config: dict[str, object], values: int, max_len: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 1000)  # the same weights once more
+    model = read_model(str(tmp_path))
+    assert (model.kv_values_per_token, model.max_len, model.weights_bytes) == (values, max_len, 100)
+    assert (model.name, model.kv_bytes(10)) == (tmp_path.name, values * 40)
+
+
+def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="there is no model folder"):
+        read_model(str(tmp_path / "nothing"))
+    with pytest.raises(Refusal, match=r"has no config\.json"):
+        read_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(Refusal, match="cannot be read"):
+        read_model(str(tmp_path))
+
+
+def test_free_ports_differ() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(1024 <= port <= 65535 for port in ports)
