@@ -1,7 +1,8 @@
 """The prefill side of one attempt: the same job to one worker after another until one is done.
 
 Runs as a task beside the reading of the decode stream. Its outcome reaches the reader through that stream: nothing
-when it goes well, `NoPrefill` when no worker is left, the error itself when the request is at fault.
+when it goes well or when decode went on without it, `NoPrefill` when no worker is left, the error itself when the
+request is at fault.
 """
 
 import asyncio
@@ -73,7 +74,8 @@ class Prefilling:
                 # Decode stops waiting for the blocks at the same time and computes the prompt itself.
                 self._stream.watch(time.monotonic())
                 return
-        self._stream.fail(NoPrefill("no prefill worker is left"))
+        if not self._stream.started:  # else decode has given the blocks up and computed the prompt itself
+            self._stream.fail(NoPrefill("no prefill worker is left"))
 
     async def _ask(self, worker: str) -> wire.PrefillDone | wire.Busy:
         gateway, job = self._gateway, self._job

@@ -56,6 +56,11 @@ class Stream:
         """All rows have arrived; some may still be unread."""
         return self._open == 0
 
+    @property
+    def started(self) -> bool:
+        """A row has arrived, read or not."""
+        return self._next > 0
+
     async def read(self) -> list[Row]:
         """Every row that waits, at least one; empty at the end. Raises what the stream failed with."""
         if not self._rows and self._error is None and not self.ended:

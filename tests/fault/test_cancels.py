@@ -26,7 +26,8 @@ from tests.support.sensitive_model import make_sensitive_model
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 CANCELS = int(os.environ.get("TEST_CANCELS", "1000"))
-CROWD = 24  # more than the workers take at once, so that some wait in the queue
+CROWD = 24
+LINE = 96  # far more long prompts than the workers take at once
 STAGES = {"queued", "reserving", "handoff", "streaming"}
 SETTLE_S = 30
 
@@ -125,6 +126,21 @@ async def crowd(gateways: list[str]) -> Counter[str]:
     return seen
 
 
+async def leave_the_queue(url: str) -> None:
+    """More long prompts at once than prefill takes; all leave as soon as some are seen waiting in line."""
+    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as client:
+        bodies = [{**body_of(0, random.Random(0)), "prompt": prompt_of(1900, 20_000 + n)} for n in range(LINE)]
+        posts = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for body in bodies]
+        try:
+            deadline = time.monotonic() + SETTLE_S
+            while not (await asyncio.to_thread(read_metrics, url))["baton_queue_depth"]:
+                assert time.monotonic() < deadline, f"{LINE} prompts at once and none of them had to wait"
+        finally:
+            for post in posts:
+                post.cancel()
+            await asyncio.gather(*posts, return_exceptions=True)
+
+
 def busy(cluster: Cluster, gateways: list[str]) -> dict[str, float]:
     """Everything that should be zero when nobody is there, and is not."""
     found: dict[str, float] = {}
@@ -155,6 +171,7 @@ async def test_a_thousand_cancels(cluster: Cluster, gateways: list[str]) -> None
         expected = (await client.post(f"{gateways[0]}/v1/completions", json=probe)).json()["choices"]
     before = await asyncio.to_thread(sizes, cluster, gateways)
     seen = await crowd(gateways)
+    await asyncio.gather(*(leave_the_queue(url) for url in gateways))
     print(f"what {CANCELS} clients saw: {dict(seen)}")
     assert set(seen) <= {"left", "200", "429", "503"}, seen
     assert seen["left"] > CANCELS / 2, seen  # the rest was done before its client left

@@ -232,6 +232,29 @@ async def test_last_prefill_dies_and_decode_serves_whole(cluster):
         assert decode.cancels == [(decode.jobs[0].request, 0)]
 
 
+async def test_prefill_fails_after_decode_went_on_without_it(cluster):
+    """A store that dies takes the hand-off from both sides: decode computes the prompt, and no error may reach it."""
+    async with cluster.gateway() as running:
+        prefill, decode = await cluster.add(running, "prefill-0", "decode-0")
+        go = asyncio.Event()
+        prefill.script, decode.script = Script(hang=True), Script(pause_after=(1, go))
+        stream = asyncio.create_task(
+            running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, stream=True)
+        )
+        await prefill.until(lambda w: w.jobs)
+        cluster.handoffs.lease(prefill.jobs[0].lease).set()
+        chunks = await stream
+        await anext(chunks)
+        await prefill.die()
+        await announce_loss(cluster.url, "prefill-0")
+        await running.until(lambda _: running.sample("baton_retries_total", phase="prefill") == 1)
+        go.set()
+        text = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+        assert text == " 0 1 2"
+        assert len(decode.jobs) == 1
+        await assert_nothing_left(running)
+
+
 async def test_decode_death_before_the_first_token(cluster):
     async with cluster.gateway() as running:
         prefill, first = await cluster.add(running, "prefill-0", "decode-0")

@@ -26,6 +26,7 @@ class Handoffs:
     _committed: dict[str, asyncio.Event] = field(default_factory=dict)
 
     def lease(self, lease: str) -> asyncio.Event:
+        """Set it and decode begins: the blocks are there, or it has given them up."""
         return self._committed.setdefault(lease, asyncio.Event())
 
 
@@ -38,6 +39,7 @@ class Script:
     refuse: BatonError | None = None  # answer every job with this
     hang: bool = False  # take the job and never answer
     stall_after: int | None = None  # rows after which nothing more comes
+    pause_after: tuple[int, asyncio.Event] | None = None  # rows after which it waits for the event
     hole_after: int | None = None  # rows after which one is left out
     wrong_attempt: bool = False  # send a stranger's row before each own one
     fail_after: tuple[int, wire.Failure] | None = None
@@ -174,6 +176,8 @@ class FakeWorker:
             last = step == job.sampling.max_tokens - 1
             if script.stall_after is not None and step >= script.stall_after:
                 await asyncio.Event().wait()
+            if script.pause_after is not None and step == script.pause_after[0]:
+                await script.pause_after[1].wait()
             if script.fail_after is not None and step >= script.fail_after[0]:
                 await self._send(self._batch(job, step, [0], [sequence], failures={"0": script.fail_after[1]}))
                 return

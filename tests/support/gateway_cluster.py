@@ -14,7 +14,7 @@ class Cluster:
         self.url = url
         self._model = model
         self.workers: dict[str, FakeWorker] = {}
-        self._handoffs = Handoffs()
+        self.handoffs = Handoffs()
         self.settings: dict[str, object] = {}
 
     def gateway(self):
@@ -25,7 +25,7 @@ class Cluster:
 
     async def add(self, running: Running, *ids: str, **beat) -> list[FakeWorker]:
         added = [
-            await FakeWorker(self.url, self._handoffs, worker=one, role=one.split("-")[0], **beat).start()
+            await FakeWorker(self.url, self.handoffs, worker=one, role=one.split("-")[0], **beat).start()
             for one in ids
         ]
         self.workers.update((worker.id, worker) for worker in added)
