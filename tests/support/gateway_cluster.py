@@ -25,8 +25,7 @@ class Cluster:
 
     async def add(self, running: Running, *ids: str, **beat) -> list[FakeWorker]:
         added = [
-            await FakeWorker(self.url, self.handoffs, worker=one, role=one.split("-")[0], **beat).start()
-            for one in ids
+            await FakeWorker(self.url, self.handoffs, worker=one, role=one.split("-")[0], **beat).start() for one in ids
         ]
         self.workers.update((worker.id, worker) for worker in added)
         await running.until(lambda gateway: all(gateway.fleet.beats(one) for one in ids))
