@@ -35,6 +35,7 @@ M = TypeVar("M", bound=wire.Message)
 
 CANCEL_S = 5.0
 GOODBYE_S = 2.0  # for the last error events to be written
+NOBODY_S = 5.0  # that a request in line waits for a decode worker when none is alive; a paused one comes back sooner
 RATE_WINDOW = 64  # requests over which the service rate is taken
 
 
@@ -67,6 +68,7 @@ class Gateway:
         self._idle.set()
         self._heard_self_at = float("-inf")
         self._reconnects = bus.reconnects  # as seen last
+        self._nobody_since: float | None = None  # no decode worker alive
         self.draining = False
         self.seen_path = False
         self.random = Random()  # noqa: S311 - breaks ties between workers
@@ -97,6 +99,7 @@ class Gateway:
                         self.chores.start(self._ping(worker, pinging))
             else:
                 self.fleet.excuse(now)
+            self._look_at_queue(now)
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
@@ -270,6 +273,16 @@ class Gateway:
         if self._reconnects != self.bus.reconnects:
             self._reconnects = self.bus.reconnects
             self.streams.bus_was_away(now)
+
+    def _look_at_queue(self, now: float) -> None:
+        """When the last decode worker has died its successor takes longer than clients should be kept: say so."""
+        if self.fleet.has("decode") or not self._hears(now):
+            self._nobody_since = None
+            return
+        if self._nobody_since is None:
+            self._nobody_since = now
+        if now - self._nobody_since > NOBODY_S:
+            self.queue.refuse(lambda: self.refusal(""))
 
     def _fleet_changed(self) -> None:
         if not self.seen_path and self.fleet.has("decode"):

@@ -42,7 +42,7 @@ class Queue:
         return len(self._line)
 
     async def take(self, wish: Wish, avoid: dict[str, int], *, wait_s: float, refusal: Callable[[], Refused]) -> Seat:
-        """Wait for a place. Raises `refusal()` when the time is up."""
+        """Wait for a place. Raises `refusal()` when the time is up, or what `refuse` was given."""
         waiting = Waiting(wish, avoid)
         self._line[waiting] = None
         try:
@@ -67,9 +67,16 @@ class Queue:
             elif not waiting.avoid:
                 return
 
+    def refuse(self, refusal: Callable[[], Refused]) -> None:
+        """Nobody in line will ever be seated: each gets its own error now."""
+        line, self._line = list(self._line), {}
+        for waiting in line:
+            if not waiting.seat.done():
+                waiting.seat.set_exception(refusal())
+
     def _abandon(self, waiting: Waiting) -> None:
         self._line.pop(waiting, None)
         # The seat may have been given in the very step in which the wait ended.
-        if waiting.seat.done() and not waiting.seat.cancelled():
+        if waiting.seat.done() and not waiting.seat.cancelled() and waiting.seat.exception() is None:
             self._unseat(waiting.seat.result())
         self.pump()

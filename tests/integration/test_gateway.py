@@ -334,6 +334,23 @@ async def test_nobody_alive(cluster):
         assert int(failed.value.response.headers["retry-after"]) >= 1
 
 
+async def test_the_last_decode_worker_dies_with_a_line_before_it(cluster):
+    """A worker that comes back in time still serves them; else they hear of it long before their queue time ends."""
+    cluster.settings["queue_s"] = 600.0
+    async with cluster.gateway() as running:
+        (decode,) = await cluster.add(running, "decode-0")
+        decode.script = Script(hang=True)
+        asking = asyncio.create_task(running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2))
+        await decode.until(lambda w: w.jobs)
+        await decode.die()
+        await announce_loss(cluster.url, "decode-0")
+        with pytest.raises(openai.InternalServerError) as refused:
+            await asking
+        assert (refused.value.status_code, refused.value.code) == (503, "no_capacity")
+        assert float(refused.value.response.headers["retry-after"]) >= 1
+        await assert_nothing_left(running)
+
+
 async def test_requests_wait_for_room(cluster):
     async with cluster.gateway() as running:
         (decode,) = await cluster.add(running, "decode-0")
