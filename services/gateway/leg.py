@@ -126,7 +126,7 @@ class Leg:
                     stream.watch(time.monotonic())
                 else:
                     prefilling = self._prefill(seat, accepted, stream)
-                await self._stream(stream, out)
+                await self._stream(stream, out, prefilling)
             if prefilling is not None:
                 await prefilling.reported()
             return self._usage(stream, accepted, prefilling)
@@ -180,22 +180,22 @@ class Leg:
         )
         return Prefilling(self._gateway, seat, job, stream, receipt)
 
-    async def _stream(self, stream: Stream, out: Answer) -> None:
+    async def _stream(self, stream: Stream, out: Answer, prefilling: Prefilling | None) -> None:
         last = 0.0
         while rows := await stream.read():
             now = time.monotonic()
             if last:
                 self._gateway.metrics.gap(now - last)
             else:
-                self._first_token(now)
+                self._first_token(now, None if prefilling is None else prefilling.done_at)
             last = now
             self.finish_reasons.extend(row.finish.reason for row in rows if row.finish is not None)
             await out.rows(rows)
 
-    def _first_token(self, now: float) -> None:
+    def _first_token(self, now: float, prefilled_at: float | None) -> None:
         self._course.enter(State.STREAMING)
         self.first_token_at = now
-        self._receipt.actual_ttft_ms = round((now - self._began) * 1000, 1)
+        self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
 
     # ---- what next, when an attempt did not end well -------------------------------------------------------

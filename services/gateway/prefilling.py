@@ -33,6 +33,7 @@ class Prefilling:
 
     def __init__(self, gateway: Gateway, seat: Seat, job: wire.PrefillJob, stream: Stream, receipt: Receipt) -> None:
         self.done: wire.PrefillDone | None = None
+        self.done_at: float | None = None
         self._gateway = gateway
         self._seat = seat
         self._job = job
@@ -67,7 +68,8 @@ class Prefilling:
             else:
                 if isinstance(reply, wire.PrefillDone):
                     self.done = reply
-                    self._stream.watch(time.monotonic())
+                    self.done_at = time.monotonic()
+                    self._stream.watch(self.done_at)
                     return
             worker = await self._next(worker, until)
             if time.monotonic() >= until:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import msgspec
 
 from services.gateway.placement import Placement
+from services.gateway.states import Course, State
 
 HEADER = b"x-baton-receipt"
+STAGES = {"queue": State.QUEUED, "reserve": State.RESERVING}
 
 
 class Receipt(msgspec.Struct, kw_only=True):
@@ -20,6 +22,7 @@ class Receipt(msgspec.Struct, kw_only=True):
     predicted_ttft_ms: float | None = None
     actual_ttft_ms: float | None = None
     retries: int = 0
+    stages_ms: dict[str, float] | None = None  # where the time to the first token went; they add up to it
 
     def placed(self, placement: Placement) -> None:
         self.path = placement.path
@@ -28,6 +31,21 @@ class Receipt(msgspec.Struct, kw_only=True):
         self.decode = placement.decode
         if placement.predicted_ttft_s is not None:
             self.predicted_ttft_ms = round(placement.predicted_ttft_s * 1000, 1)
+
+    def first_token(self, course: Course, *, ttft_s: float, prefilled_at: float | None) -> None:
+        """To be called on entering STREAMING. `prefilled_at`: when prefill was known to be done; None: never, or late.
+
+        `prefill` is the wait for a computed prompt, `handoff` what follows until decode's first token; a prompt that
+        decode computes itself is all `prefill`.
+        """
+        handoff_s = 0.0 if prefilled_at is None else max(0.0, course.since - prefilled_at)
+        waited_s = course.spent_s.get(State.HANDOFF, 0.0)
+        stages_s = {name: course.spent_s.get(state, 0.0) for name, state in STAGES.items()}
+        stages_s |= {"prefill": max(0.0, waited_s - handoff_s), "handoff": min(handoff_s, waited_s)}
+        # The rest went into reading, checking and tokenising.
+        stages_s = {"edge": max(0.0, ttft_s - sum(stages_s.values())), **stages_s}
+        self.stages_ms = {name: round(spent_s * 1000, 1) for name, spent_s in stages_s.items()}
+        self.actual_ttft_ms = round(ttft_s * 1000, 1)
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self)

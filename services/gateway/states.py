@@ -1,5 +1,6 @@
 """The states of a request's journey, what may follow what, and the span that each one opens."""
 
+import time
 from enum import Enum
 
 from opentelemetry import trace
@@ -41,6 +42,8 @@ class Course:
 
     def __init__(self, state: State = State.EDGE) -> None:
         self.state = state
+        self.since = time.monotonic()
+        self.spent_s: dict[State, float] = {}  # in states that were left, over all attempts
         self._span: trace.Span | None = None
 
     def enter(self, state: State) -> None:
@@ -49,7 +52,9 @@ class Course:
         if self._span is not None:
             self._span.end()
             self._span = None
-        self.state = state
+        now = time.monotonic()
+        self.spent_s[self.state] = self.spent_s.get(self.state, 0.0) + now - self.since
+        self.state, self.since = state, now
         if state in SPANS:
             self._span = telemetry.tracer().start_span(SPANS[state])
 

@@ -60,6 +60,8 @@ async def test_chat_answers_whole(cluster):
         assert (shown["path"], shown["prefill"], shown["decode"]) == ("split", "prefill-0", "decode-0")
         assert shown["retries"] == 0
         assert shown["actual_ttft_ms"] > 0
+        assert shown["stages_ms"].keys() == {"edge", "queue", "reserve", "prefill", "handoff"}
+        assert sum(shown["stages_ms"].values()) == pytest.approx(shown["actual_ttft_ms"], abs=1)
         await assert_nothing_left(running)
         assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="ok") == 1
         assert running.sample("baton_tokens_total", tenant="anonymous", model=MODEL, kind="completion") == 6
