@@ -6,6 +6,7 @@ again as the error it stands for. Handlers of requests run concurrently, at most
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -146,7 +147,8 @@ class Bus:
         for task in self._handlers:
             task.cancel()
         await asyncio.gather(*self._handlers, return_exceptions=True)
-        await self._client.close()
+        with contextlib.suppress(OSError, nats.errors.Error):  # the server may have gone first
+            await self._client.close()
 
     async def _answer(self, msg: Msg, handler: RequestHandler) -> None:
         try:

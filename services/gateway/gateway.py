@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +23,17 @@ from services.gateway.queue import Queue, Seat, Waiting
 from services.gateway.streams import Streams
 from shared import subjects, wire
 from shared.bus import Bus
-from shared.errors import BatonError, DeadlineInfeasible, Draining, KvMemory, NoCapacity, Refused, Timeout, WorkerLost
+from shared.errors import (
+    BatonError,
+    BusUnavailable,
+    DeadlineInfeasible,
+    Draining,
+    KvMemory,
+    NoCapacity,
+    Refused,
+    Timeout,
+    WorkerLost,
+)
 from shared.settings import GatewaySettings
 from shared.version import VERSION
 
@@ -68,6 +79,7 @@ class Gateway:
         self._idle.set()
         self._heard_self_at = float("-inf")
         self._reconnects = bus.reconnects  # as seen last
+        self._brief: set[Callable[[BatonError], None]] = set()  # ends of questions whose answers are due
         self._nobody_since: float | None = None  # no decode worker alive
         self.draining = False
         self.seen_path = False
@@ -187,28 +199,42 @@ class Gateway:
     # ---- to workers ----------------------------------------------------------------------------------------
 
     async def ask(
-        self, worker: str, subject: str, message: wire.Message, expect: type[M], *, timeout_s: float
+        self, worker: str, subject: str, message: wire.Message, expect: type[M], *, timeout_s: float, brief: bool
     ) -> M | wire.Busy:
-        """Bus.request that ends at once, with WorkerLost, when the fleet says that the worker is gone."""
-        gone = False
+        """Bus.request that ends at once, with WorkerLost, when the fleet says that the worker is gone.
+
+        `brief`: the answer is due at once, so it ends with BusUnavailable when the bus was away meanwhile: question or
+        answer may be lost. Else somebody looks for the outcome in another way.
+        """
+        reason: BatonError | None = None
         try:
             async with asyncio.timeout(timeout_s) as scope:
 
-                def on_loss() -> None:
-                    nonlocal gone
-                    gone = True
+                def end(error: BatonError) -> None:
+                    nonlocal reason
+                    reason = reason or error
                     if not scope.expired():
                         scope.reschedule(asyncio.get_running_loop().time())
 
-                with self.fleet.watching(worker, on_loss):
+                with (
+                    self.fleet.watching(worker, lambda: end(WorkerLost("the worker was lost before it answered"))),
+                    self._doubted(end) if brief else contextlib.nullcontext(),
+                ):
                     # The scope decides; the bus's own deadline is only there because it wants one.
                     reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
         except TimeoutError:
-            if gone:
-                raise WorkerLost("the worker was lost before it answered") from None
-            raise Timeout(f"a worker did not answer within {timeout_s:g} s") from None
+            raise reason or Timeout(f"a worker did not answer within {timeout_s:g} s") from None
         self.fleet.report(worker, reply.backlog)  # type: ignore[union-attr] # answers to jobs all carry it
         return reply
+
+    @contextlib.contextmanager
+    def _doubted(self, end: Callable[[BatonError], None]) -> Iterator[None]:
+        """Within, `end` is called when the bus was away."""
+        self._brief.add(end)
+        try:
+            yield
+        finally:
+            self._brief.discard(end)
 
     def cancel(self, worker: str, request: str, attempt: int) -> None:
         """Tell a worker that nobody waits for this any more."""
@@ -273,6 +299,8 @@ class Gateway:
         if self._reconnects != self.bus.reconnects:
             self._reconnects = self.bus.reconnects
             self.streams.bus_was_away(now)
+            for end in list(self._brief):
+                end(BusUnavailable("the bus was away while a worker was asked"))
 
     def _look_at_queue(self, now: float) -> None:
         """When the last decode worker has died its successor takes longer than clients should be kept: say so."""

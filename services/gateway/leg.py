@@ -154,7 +154,9 @@ class Leg:
         )
         seat.charges[worker].sent = True
         subject = subjects.decode(gateway.settings.cluster, worker)
-        reply = await gateway.ask(worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()))
+        reply = await gateway.ask(
+            worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()), brief=True
+        )
         gateway.fleet.settle(seat.charges[worker])
         if isinstance(reply, wire.Busy):
             raise WorkerBusy(worker, reply.reason)

@@ -87,7 +87,7 @@ class Prefilling:
         self._receipt.prefill = worker
         try:
             subject = subjects.prefill(gateway.settings.cluster, worker)
-            reply = await gateway.ask(worker, subject, job, wire.PrefillDone, timeout_s=job.timeout_s)
+            reply = await gateway.ask(worker, subject, job, wire.PrefillDone, timeout_s=job.timeout_s, brief=False)
             self._asking = None
             return reply
         finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -16,12 +17,36 @@ HELLO = [{"role": "user", "content": "hello"}]
 STOPPED_S = SUSPECT_S + PING_S + 1.0  # long enough for the detector to lose everybody
 
 
+def running_server() -> psutil.Process:
+    (server,) = [child for child in psutil.Process().children() if child.name() == "nats-server"]
+    return server
+
+
+async def test_a_reservation_lost_with_the_bus_is_made_again(tmp_path):
+    """A server that goes takes questions and answers with it, and nobody says so: it must not cost the full wait."""
+    with nats_server(tmp_path / "first") as url:
+        cluster = Cluster(url, str(make_folder(tmp_path / MODEL)))
+        cluster.settings = {"queue_s": 600.0}
+        async with cluster.gateway() as running:
+            _, decode = await cluster.add(running, "prefill-0", "decode-0")
+            decode.script = Script(hang=True)
+            asking = asyncio.create_task(
+                running.client.chat.completions.with_raw_response.create(model=MODEL, messages=HELLO, max_tokens=2)
+            )
+            await decode.until(lambda w: w.jobs)
+            running_server().kill()
+            decode.script = Script()
+            with nats_server(tmp_path / "second", urlsplit(url).port):
+                answer = await asking
+                assert answer.parse().choices[0].message.content == " 0 1"
+                assert [job.attempt for job in decode.jobs] == [0, 1]
+                for worker in cluster.workers.values():
+                    await worker.die()
+
+
 async def test_workers_outlive_a_bus_that_was_stopped(tmp_path):
-    folder = tmp_path / "nats"
-    folder.mkdir()
-    with nats_server(folder) as url:
-        server = psutil.Process().children()[-1]
-        assert server.name() == "nats-server"
+    with nats_server(tmp_path / "nats") as url:
+        server = running_server()
         cluster = Cluster(url, str(make_folder(tmp_path / MODEL)))
         cluster.settings = {"progress_s": 60.0}
         async with cluster.gateway() as running:

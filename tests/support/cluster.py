@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import openai
 import psutil
 
 BATON = [sys.executable, "-m", "services.launcher"]
+SHM = Path("/dev/shm")
 START_S = 240
 STOP_S = 60
 
@@ -106,7 +108,6 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
 def running_cluster(home: Path, *options: str, port: int | None = None, **env: str) -> Iterator[Cluster]:
     """`baton up` with these options; at the end SIGINT, and nothing of it may be left."""
     port = port or free_port()
-    orphaned_before = orphaned_semaphores()
     process = subprocess.Popen(
         [*BATON, "up", "--port", str(port), *options],
         stdout=subprocess.PIPE,
@@ -119,17 +120,17 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
     try:
         _wait_until_ready(cluster)
         everyone = psutil.Process(process.pid).children(recursive=True)
+        semaphores = mapped_semaphores(everyone)
         yield cluster
+        semaphores |= mapped_semaphores(psutil.Process(process.pid).children(recursive=True))
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=STOP_S)[0]
         assert process.returncode == 0, output[-2000:]
         _, alive = psutil.wait_procs(everyone, timeout=10)
         assert not alive, f"left running: {[p.cmdline() for p in alive if p.is_running()]}"
         assert not shared_memory(port), "shared memory left behind"
-        # A neighbour's resource tracker may be at work right now.
-        deadline = time.monotonic() + 5
-        while left := orphaned_semaphores() - orphaned_before:
-            assert time.monotonic() < deadline, f"semaphores left behind: {left}"
+        left = [name for name in semaphores if (SHM / name).exists()]
+        assert not left, f"semaphores left behind: {left}"
     finally:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
@@ -141,16 +142,16 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
 
 
 def shared_memory(port: int) -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob(f"baton-*{port}*")]
+    return [path.name for path in SHM.glob(f"baton-*{port}*")]
 
 
-def orphaned_semaphores() -> set[str]:
-    """Python's, mapped by no living process: nobody will remove them any more."""
-    found = {path.name for path in Path("/dev/shm").glob("sem.mp-*")}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+def mapped_semaphores(processes: list[psutil.Process]) -> set[str]:
+    """Names of those of Python that these processes use, as far as they are alive."""
+    found: set[str] = set()
+    for process in processes:
         with contextlib.suppress(OSError):
-            text = maps.read_text()
-            found = {name for name in found if name not in text}
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            found.update(re.findall(r"/dev/shm/(sem\.mp-\S+)", maps))
     return found
 
 

@@ -21,10 +21,11 @@ def binary() -> str:
 
 
 @contextmanager
-def nats_server(folder: Path) -> Iterator[str]:
-    """Yields its url. `folder` must be empty."""
+def nats_server(folder: Path, port: int = -1) -> Iterator[str]:
+    """Yields its url. `folder` must be empty; it is made where there is none. `port` -1: any."""
+    folder.mkdir(exist_ok=True)
     config = folder / "nats.conf"
-    config.write_text('listen: "127.0.0.1:-1"\nmax_payload: 8MB\n')
+    config.write_text(f'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n')
     process = subprocess.Popen(
         [binary(), "-c", str(config), "--ports_file_dir", str(folder)],
         stdout=subprocess.DEVNULL,
