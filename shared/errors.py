@@ -15,7 +15,8 @@ BatonError
 │   ├── QueueFull, DeadlineInfeasible, KvMemory, RateLimited   429
 │   └── NoCapacity, Draining                                   503
 └── ServiceError                 ours: 5xx
-    ├── WorkerLost, WorkerStalled, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled, Internal
+    ├── WorkerLost, WorkerStalled, OutputLost, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled,
+    └── Internal
 """
 
 from typing import ClassVar
@@ -123,6 +124,14 @@ class WorkerStalled(ServiceError):
 
     code = "worker_stalled"
     status = 504
+    retryable = True
+
+
+class OutputLost(ServiceError):
+    """A row is missing in a stream: NATS dropped it, or a worker skipped it."""
+
+    code = "output_lost"
+    status = 502
     retryable = True
 
 

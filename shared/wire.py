@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 FORMAT = 1
+TOKEN_BYTES = 4  # of a packed id
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):

@@ -20,8 +20,9 @@ from services.gateway.edge.render import Form, Prompt, Usage
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
-from services.gateway.leg import Leg, Load
+from services.gateway.leg import Leg
 from services.gateway.receipt import Receipt
+from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
 from shared import telemetry, wire
 from shared.errors import BatonError, Cancelled, Internal, Timeout

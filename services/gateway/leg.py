@@ -2,12 +2,13 @@
 
 A request has one leg for each of its prompts; they share nothing but the client. Invariants: on every way out the
 leg's stream is closed, its charges are given back and a Cancel is sent to each worker that may still work for it; an
-attempt's number is never used twice; once the client has seen a token, the leg ends or fails, and is never begun again.
+attempt's number is never used twice; once the client has seen a token, the leg goes on after the last one that it has,
+or fails (resume.py says which), and is never begun again.
 """
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.gateway.answer import Answer
 from services.gateway.edge.render import Usage
@@ -16,10 +17,11 @@ from services.gateway.placement import Wish
 from services.gateway.prefilling import NoPrefill, Prefilling
 from services.gateway.queue import Seat
 from services.gateway.receipt import Receipt
+from services.gateway.resume import Load, Sent, is_resumable
 from services.gateway.states import Course, State
 from services.gateway.streams import Stream
 from shared import subjects, wire
-from shared.errors import BatonError, Timeout, WorkerLost
+from shared.errors import BatonError, Refused, Timeout, WorkerLost
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +50,36 @@ class Tries:
     avoid: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What a leg carries."""
-
-    id: str  # the request's name on the bus
-    tokens: list[int]
-    packed: bytes
-    sampling: wire.Sampling
-    first_choice: int  # the number of its first choice in the client's answer
-
-
 class Leg:
     """Create one a prompt and `run` it once."""
 
     def __init__(self, gateway: Gateway, load: Load, course: Course, receipt: Receipt, began: float) -> None:
         self._gateway = gateway
-        self._load = load
+        self._original = load
+        self._load = load  # of this attempt
+        self._prompt_tokens = len(load.tokens)
+        self._sent = Sent()
         self._course = course
         self._receipt = receipt
         self._began = began
         self._wish = Wish(
-            tokens=len(load.tokens), whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
+            tokens=self._prompt_tokens, whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
         )
         self._tries = Tries()
+        self._resumable = is_resumable(load.sampling)
         self.first_token_at = 0.0
+        self._last_token_at = 0.0
         self.finish_reasons: list[str] = []
 
     async def run(self, out: Answer) -> Usage:
         """Raises the error that ends it."""
         queued_until = time.monotonic() + self._gateway.settings.queue_s
+        lost: BatonError | None = None
         while True:
-            seat = await self._place(queued_until)
+            try:
+                seat = await self._place(queued_until)
+            except Refused as refused:
+                raise (lost if lost is not None and self._sent.count else refused) from None
             try:
                 usage = await self._serve(seat, out)
                 break
@@ -87,6 +87,7 @@ class Leg:
                 self._back_to_queue(busy)
             except BatonError as error:
                 self._again(error, seat)
+                lost = error
                 queued_until = time.monotonic() + self._gateway.settings.queue_s
             finally:
                 self._gateway.unseat(seat)
@@ -189,13 +190,17 @@ class Leg:
             if last:
                 self._gateway.metrics.gap(now - last)
             else:
-                self._first_token(now, None if prefilling is None else prefilling.done_at)
+                self._begin(now, None if prefilling is None else prefilling.done_at)
             last = now
             self.finish_reasons.extend(row.finish.reason for row in rows if row.finish is not None)
-            await out.rows(rows)
+            await out.rows(self._sent.take(rows) if self._resumable else rows)
+            self._last_token_at = now
 
-    def _first_token(self, now: float, prefilled_at: float | None) -> None:
+    def _begin(self, now: float, prefilled_at: float | None) -> None:
         self._course.enter(State.STREAMING)
+        if self.first_token_at:  # a resumed stream: for the client this was a long gap
+            self._gateway.metrics.gap(now - self._last_token_at)
+            return
         self.first_token_at = now
         self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
@@ -214,19 +219,24 @@ class Leg:
     def _again(self, error: BatonError, seat: Seat) -> None:
         """Place it once more with the next attempt, or raise what ends it."""
         tries, gateway = self._tries, self._gateway
-        if self._course.state is State.STREAMING or not (error.retryable or isinstance(error, (NoPrefill, Timeout))):
+        streaming = self._course.state is State.STREAMING
+        before = not streaming and isinstance(error, (NoPrefill, Timeout))
+        if not (before or error.retryable) or (streaming and not self._resumable):
             raise error
         tries.lost += 1
         if tries.lost >= MAX_ATTEMPTS:
             raise error
         self._receipt.retries += 1
         if isinstance(error, NoPrefill):
-            self._wish = Wish(tokens=self._wish.tokens, whole="prefill_failed")
+            self._wish = replace(self._wish, whole="prefill_failed")
             gateway.metrics.retried("prefill")
         else:
             worker = seat.placement.decode
             tries.avoid[worker] = gateway.fleet.beats(worker)
-            gateway.metrics.retried("decode")
+            gateway.metrics.retried("resume" if streaming else "decode")
+        if streaming:
+            self._load = self._original.after(self._sent.resume())
+            self._wish = replace(self._wish, tokens=len(self._load.tokens))
         log.info("request %s: attempt %d ended with %s", self._load.id, tries.attempt, error.code)
 
     def _usage(self, stream: Stream, accepted: wire.Accepted, prefilling: Prefilling | None) -> Usage:
@@ -239,9 +249,10 @@ class Leg:
         else:
             cached = decode.loaded_tokens + decode.engine_cached_tokens
         # The last prompt token is always computed: it gives the first token's logits.
-        cached = min(max(0, cached), len(self._load.tokens) - 1)
+        cached = min(max(0, cached), self._prompt_tokens - 1)
         self._receipt.cached_tokens = cached
-        return Usage(prompt=len(self._load.tokens), completion=decode.completion_tokens or stream.tokens, cached=cached)
+        completion = self._sent.count if self._resumable else decode.completion_tokens or stream.tokens
+        return Usage(prompt=self._prompt_tokens, completion=completion, cached=cached)
 
     def _left_s(self) -> float:
         return max(0.1, self._gateway.settings.request_s - (time.monotonic() - self._began))

@@ -26,7 +26,7 @@ NEXT: dict[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.RESERVING, State.FAILED}),
     State.RESERVING: frozenset({State.HANDOFF, State.QUEUED, State.FAILED}),  # back: Busy, or the worker is gone
     State.HANDOFF: frozenset({State.STREAMING, State.QUEUED, State.FAILED}),  # back: decode or all prefill lost
-    State.STREAMING: frozenset({State.DONE, State.FAILED}),
+    State.STREAMING: frozenset({State.DONE, State.QUEUED, State.FAILED}),  # back: resumed on another worker
     State.DONE: frozenset(),
     State.FAILED: frozenset(),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared import wire
-from shared.errors import BatonError, BusUnavailable, Internal, WorkerStalled, from_wire
+from shared.errors import BatonError, BusUnavailable, Internal, OutputLost, WorkerStalled, from_wire
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Stream:
             return  # NATS delivers at most once, so a repetition is a worker's slip: harmless
         if sequence > self._next:
             away = self._due_at is not None
-            self.fail((BusUnavailable if away else Internal)("output was lost between worker and gateway"))
+            self.fail((BusUnavailable if away else OutputLost)("output was lost between worker and gateway"))
             return
         if not self.first <= row.choice < self.first + self._choices:
             self.fail(Internal("a worker sent a choice that nobody asked for"))

@@ -1,6 +1,7 @@
 """Prefill and decode workers that keep the wire contract over a real NATS and have no engine.
 
-A fake decode worker emits " 0", " 1", … (token ids 100, 101, …) for as many tokens as were asked for. What goes wrong
+A fake decode worker emits " 0", " 1", … (token ids 100, 101, …) for as many tokens as were asked for, and goes on with
+" 5" after a prompt that ends with the ids of " 0" to " 4". What goes wrong
 is written into its `Script`. The blocks of a hand-off are an entry in `Handoffs`, which stands for the stores.
 """
 
@@ -41,6 +42,7 @@ class Script:
     stall_after: int | None = None  # rows after which nothing more comes
     pause_after: tuple[int, asyncio.Event] | None = None  # rows after which it waits for the event
     hole_after: int | None = None  # rows after which one is left out
+    held: frozenset[int] = frozenset()  # steps whose text comes with the next one's, as half a character does
     wrong_attempt: bool = False  # send a stranger's row before each own one
     fail_after: tuple[int, wire.Failure] | None = None
     cached_tokens: int = 0
@@ -168,6 +170,7 @@ class FakeWorker:
     async def _emit(self, job: wire.DecodeJob, lease: str) -> None:
         await self._handoffs.lease(lease).wait()
         n, script, sequence = job.sampling.n, self.script, 0
+        first = answered(wire.unpack_tokens(job.tokens))
         if job.sampling.prompt_logprobs is not None:
             for piece in prompt_pieces(wire.unpack_tokens(job.tokens)):
                 await self._send(self._batch(job, -1, [0], [sequence], prompt_logprobs={"0": piece}))
@@ -179,10 +182,10 @@ class FakeWorker:
             if script.pause_after is not None and step == script.pause_after[0]:
                 await script.pause_after[1].wait()
             if script.fail_after is not None and step >= script.fail_after[0]:
-                await self._send(self._batch(job, step, [0], [sequence], failures={"0": script.fail_after[1]}))
+                await self._send(self._batch(job, first + step, [0], [sequence], failures={"0": script.fail_after[1]}))
                 return
             if script.wrong_attempt:
-                await self._send(self._batch(job, step, [0], [sequence], attempts=[job.attempt + 7]))
+                await self._send(self._batch(job, first + step, [0], [sequence], attempts=[job.attempt + 7]))
             if script.hole_after == step:
                 sequence += 1
             rows = list(range(n))
@@ -190,7 +193,12 @@ class FakeWorker:
             usage = {str(n - 1): script.usage or wire.DecodeUsage(completion_tokens=job.sampling.max_tokens * n)}
             await self._send(
                 self._batch(
-                    job, step, rows, [sequence + row for row in rows], finish=finish, usage=usage if last else {}
+                    job,
+                    first + step,
+                    rows,
+                    [sequence + row for row in rows],
+                    finish=finish,
+                    usage=usage if last else {},
                 )
             )
             sequence += n
@@ -215,12 +223,22 @@ class FakeWorker:
             requests=[job.request] * len(rows),
             sequences=sequences,
             choices=rows,
-            texts=[f" {step}" if step >= 0 else ""] * len(rows),
+            texts=[self._text(step)] * len(rows),
             tokens=[wire.pack_tokens([100 + step] if step >= 0 else [])] * len(rows),
             backlog=wire.Backlog(running=len(self._running)),
             **columns,
         )
         return job.gateway, batch
+
+    def _text(self, step: int) -> str:
+        if step < 0 or step in self.script.held:
+            return ""
+        return (f" {step - 1}" if step - 1 in self.script.held else "") + f" {step}"
+
+
+def answered(prompt: list[int]) -> int:
+    """How much of a fake's output the prompt ends with."""
+    return max(n for n in range(len(prompt) + 1) if prompt[len(prompt) - n :] == list(range(100, 100 + n)))
 
 
 def prompt_pieces(tokens: list[int]) -> list[list[wire.TokenLogprob | None]]:

@@ -7,7 +7,7 @@ import pytest
 from services.gateway import streams as module
 from services.gateway.streams import Streams
 from shared import wire
-from shared.errors import BusUnavailable, EngineFailed, Internal, WorkerLost, WorkerStalled
+from shared.errors import BusUnavailable, EngineFailed, Internal, OutputLost, WorkerLost, WorkerStalled
 
 
 def batch(*rows, **columns) -> wire.TokenBatch:
@@ -74,7 +74,7 @@ async def test_a_hole_is_an_error_after_what_came_before(streams):
     stream = streams.open("r", 0, 1)
     streams.put(batch(("r", 0, 0, 0), ("r", 0, 2, 0)), 0.0)
     assert len(await stream.read()) == 1
-    with pytest.raises(Internal):
+    with pytest.raises(OutputLost):
         await stream.read()
 
 
