@@ -29,6 +29,7 @@ KV_LOAD = "kv.load"
 DECODE_FIRST_TOKEN = "decode.first_token"  # noqa: S105 - a span's name
 
 _propagator = TraceContextTextMapPropagator()
+_tracer = trace.get_tracer("baton")  # a proxy until `start`; getting one costs 7 µs, and a request opens five spans
 
 
 def start(service: str, instance: str) -> TracerProvider:
@@ -47,7 +48,7 @@ def start(service: str, instance: str) -> TracerProvider:
 
 
 def tracer() -> trace.Tracer:
-    return trace.get_tracer("baton")
+    return _tracer
 
 
 def inject(context: Context | None = None) -> dict[str, str]:

@@ -4,6 +4,7 @@ Exit codes: 0 after a drain, 2 for bad configuration (one line on stderr says wh
 """
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import signal
@@ -27,6 +28,10 @@ from shared.probes import listen
 from shared.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
+
+# Young objects before a collection. Requests leave no cycles to speak of, and at Python's 700 the collector took a
+# sixth of the gateway's time (measured at 128 clients).
+GC_THRESHOLD = (50_000, 20, 50)
 
 
 def main() -> int:
@@ -102,6 +107,9 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         # The service owns its signals, so uvicorn's own `serve` with its handlers is not used.
         serving = tasks.create_task(server._serve([listener]))  # noqa: SLF001
         watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{url}/metrics"))
+        gc.collect()
+        gc.freeze()  # what is here now stays for good
+        gc.set_threshold(*GC_THRESHOLD)
         log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
         await stop.wait()
         log.info("draining, for at most %g s", settings.drain_s)

@@ -83,7 +83,7 @@ class Sent:
                 self._held.clear()
         else:
             self._whole += new
-        return replace(row, tokens=new) if known else row
+        return msgspec.structs.replace(row, tokens=new) if known else row
 
     def resume(self) -> list[int]:
         """The tokens for the next attempt's prompt."""

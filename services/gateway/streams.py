@@ -8,7 +8,8 @@ once and stays failed; one bad row never keeps the others of its batch from thei
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from shared import wire
 from shared.errors import BatonError, BusUnavailable, Internal, OutputLost, WorkerStalled, from_wire
@@ -21,9 +22,11 @@ OVERDUE_S = 5.0  # far beyond an engine step: a stream that the bus cut off does
 OnStranger = Callable[[str, str, int], None]  # worker, request, attempt
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One delta of one choice, or a piece of the prompt's log probabilities."""
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """One delta of one choice, or a piece of the prompt's log probabilities.
+
+    Made once a token: a frozen dataclass takes 0.9 µs, this 0.1. It holds no cycle, so the collector may pass it by.
+    """
 
     choice: int  # of the client's request, over all its prompts
     text: str

@@ -163,7 +163,7 @@ def test_receipt_is_compact():
     receipt = Receipt(path="whole", reason="r", decode="d")
     assert (
         receipt.comment()
-        == b': baton-receipt {"path":"whole","reason":"r","prefill":null,"decode":"d","cached_tokens":0,"predicted_ttft_ms":null,"actual_ttft_ms":null,"retries":0}\n\n'
+        == b': baton-receipt {"path":"whole","reason":"r","prefill":null,"decode":"d","cached_tokens":0,"predicted_ttft_ms":null,"actual_ttft_ms":null,"retries":0,"stages_ms":null}\n\n'
     )
 
 
