@@ -5,7 +5,7 @@ piece of bytes; the first event of a chat carries the role, one event of each ch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import msgspec
@@ -59,7 +59,7 @@ class Form:
         if not self.prompt_only:
             return rows
         return [
-            replace(
+            msgspec.structs.replace(
                 row,
                 text="",
                 tokens=b"",
