@@ -17,6 +17,8 @@ from shared.errors import SettingsError
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]  # 0: the kernel chooses
+Speed = Annotated[float, msgspec.Meta(gt=0)]  # of the real one; inf is one, too
+Switch = Annotated[str, msgspec.Meta(pattern="^(on|off)$")]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]  # a NATS subject token
 
 
@@ -60,15 +62,17 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     model: str
     revision: str = ""
     served_model_name: str = ""
-    engine: Annotated[str, msgspec.Meta(pattern="^(vllm)$")] = "vllm"
-    engine_args: dict[str, Any] = {}  # any vLLM engine argument, e.g. {"dtype": "float32"}
+    engine: Annotated[str, msgspec.Meta(pattern="^(vllm|sim)$")] = "vllm"
+    engine_args: dict[str, Any] = {}  # any vLLM engine argument, e.g. {"dtype": "float32"}; for sim its own few
+    sim_speed: Speed = 1.0  # sim: step times are divided by it; inf: no step takes time
+    sim_kv: Switch = "on"  # sim: off moves 64 bytes a block instead of the KV
     takes: list[str] = []  # prefill, decode; empty: the service's default
     node: Name = "node-0"
     kv_socket: str = ""  # of the node's kv_transfer
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
     prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
-    kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: vLLM's default
+    kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
     lease_s: Positive = 120.0  # a lease that is not released by then is revoked
     wedge_s: Positive = 60.0  # an engine without a sign of life for this long ends the worker; no step may take longer
@@ -167,6 +171,8 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
             value = msgspec.json.decode(value)
         except msgspec.DecodeError as error:
             raise SettingsError(f"setting {key!r}: not valid JSON: {error}") from error
+    if isinstance(value, bool) and kind is Switch:
+        value = "on" if value else "off"  # YAML reads the bare words so
     try:
         return msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError as error:

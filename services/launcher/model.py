@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         return tokens * self.kv_values_per_token * value_bytes
 
 
-def read_model(model: str, revision: str = "") -> Model:
+def read_model(model: str, revision: str = "", *, with_weights: bool = True) -> Model:
     """Look at a folder, or fetch a Hugging Face id into the local cache. Refuses what no engine could load."""
     folder = Path(model).expanduser()
     name = folder.resolve().name
     if not folder.is_dir():
         if not _HUB_ID.match(model):
             raise Refusal(f"there is no model folder {model}: give --model a folder with a config.json, or an ORG/NAME")
-        folder, name = _fetch(model, revision), model
+        folder, name = _fetch(model, revision, _WEIGHTS if with_weights else ()), model
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise Refusal(f"{folder} has no config.json: --model must be a Hugging Face model folder")
@@ -69,12 +70,12 @@ def _weights_bytes(folder: Path) -> int:
     return 0
 
 
-def _fetch(model: str, revision: str) -> Path:
+def _fetch(model: str, revision: str, weights: Sequence[tuple[str, ...]]) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*_TEXTS]
     try:
-        for patterns in _WEIGHTS:
+        for patterns in weights or ((),):
             wanted.extend(patterns)
             folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
             if _weights_bytes(folder):

@@ -11,7 +11,7 @@ import msgspec
 import yaml
 
 from services.launcher.refusal import Refusal
-from shared.settings import CONFIG_KEY, LAUNCHER_KEYS, PREFIX, SERVICES
+from shared.settings import CONFIG_KEY, LAUNCHER_KEYS, PREFIX, SERVICES, Speed, Switch
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 DEMO_NAME = "baton-demo"
@@ -29,6 +29,8 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     served_model_name: str = ""
     engine: str = "vllm"
     engine_args: dict[str, Any] = {}
+    sim_speed: Speed = 1.0
+    sim_kv: Switch = "on"
     arena_gib: float = 0.0  # 0: the launcher chooses
     kv_gib: float = 0.0  # 0: the launcher chooses
     host: str = "127.0.0.1"
@@ -66,12 +68,16 @@ def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions
             values[key] = getattr(flags, key)
     values["engine_args"] = _engine_args(given.get("engine_args", {}), getattr(flags, "engine_arg", None) or [])
     values["given"] = {key: value for key, value in given.items() if key not in UpOptions.__struct_fields__}
+    if isinstance(values.get("sim_kv"), bool):
+        values["sim_kv"] = "on" if values["sim_kv"] else "off"  # YAML reads the bare words so
     if "model" not in values and "served_model_name" not in values:
         values["served_model_name"] = DEMO_NAME
     try:
         options = msgspec.convert(values, UpOptions, strict=False)
     except msgspec.ValidationError as error:
         raise Refusal(f"a setting has a wrong value: {error}") from error
+    if options.engine != "sim" and (sim := [key for key in ("sim_speed", "sim_kv") if key in values]):
+        raise Refusal(f"--{sim[0].replace('_', '-')} is for the sim engine: add --engine sim, or leave it out")
     if options.decode < 1:
         raise Refusal("--decode must be at least 1: decode workers produce the output")
     if options.prefill < 0 or (options.prefill < 1 and options.arrangement == "split"):
@@ -130,8 +136,10 @@ def _add_up_flags(command: argparse.ArgumentParser) -> None:
     add("--arrangement", choices=("auto", "split", "unsplit"), help="who computes prompts (default auto)")
     add("--model", metavar="PATH", help="a Hugging Face model folder or ORG/NAME (default: the demo model)")
     add("--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
-    add("--engine-arg", action="append", metavar="KEY=VALUE", help="any vLLM engine argument; may be repeated")
-    add("--engine", choices=("vllm", "sim"), help="vllm (default); sim is not supported yet")
+    add("--engine", choices=("vllm", "sim"), help="vllm (default), or sim: a measured profile's timing, no model run")
+    add("--engine-arg", action="append", metavar="KEY=VALUE", help="any argument of the engine; may be repeated")
+    add("--sim-speed", metavar="X", help="sim: times the profile's speed, or inf for no waiting at all (default 1)")
+    add("--sim-kv", choices=("on", "off"), help="sim: off hands over 64 bytes a block instead of the KV (default on)")
     add("--arena-gib", type=float, metavar="X", help="shared memory for KV blocks (default: chosen by memory)")
     add("--kv-gib", type=float, metavar="X", help="each engine's own KV cache on CPU (default: chosen by model)")
     add("--host", metavar="H", help="where the gateway listens (default 127.0.0.1)")
@@ -161,8 +169,6 @@ def _refuse_what_comes_later(flags: argparse.Namespace) -> None:
             raise Refusal(
                 f"--{flag} {getattr(flags, flag)}: only 1 is supported; more {what} come with a later version"
             )
-    if flags.engine == "sim":
-        raise Refusal("--engine sim comes with a later version: leave it out to run real vLLM")
 
 
 def _engine_args(given: Any, flags: Sequence[str]) -> dict[str, Any]:

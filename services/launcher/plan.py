@@ -12,9 +12,14 @@ from services.launcher.model import WIDEST_VALUE_BYTES, Model
 from services.launcher.options import UpOptions
 from services.launcher.refusal import Refusal
 from shared.settings import SERVICES, CommonSettings, load, to_environ
+from shared.worker.sim.arguments import resolve
 
 NODE = "node-0"
 WORKER_BYTES = int(1.5 * GIB)  # measured: a worker's Python, torch and vLLM
+SIM_WORKER_BYTES = 128 * 1024**2  # measured: without either
+SIM_BLOCK_BYTES = 256  # of the sim's own book-keeping
+SLOT_WORD_BYTES = 8  # beside each slot
+LEAST_ARENA_BYTES = 1024**2
 SERVICE_BYTES = GIB // 2  # gateway, kv_transfer, Redis and NATS together
 ARENA_BYTES = 2 * GIB
 ARENA_SHARE = 0.1  # of memory
@@ -91,6 +96,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         "served_model_name": options.served_model_name or model.name,
         "arrangement": options.arrangement,
         "engine": options.engine,
+        **({"sim_speed": f"{options.sim_speed:g}", "sim_kv": options.sim_kv} if options.engine == "sim" else {}),
         "host": options.host,
         "port": options.port,
         "shm_dir": options.shm_dir,
@@ -145,12 +151,14 @@ def _workers(
 ) -> list[Process]:
     ids = [("prefill", f"prefill-{n}") for n in range(options.prefill)]
     ids += [("decode", f"decode-{n}") for n in range(options.decode)]
-    cores = core_shares(machine, len(ids))
-    gpus, gpu_memory = gpu_shares(machine, len(ids), options.engine_args)
+    is_sim = options.engine == "sim"
+    # A sim worker is a few threads that mostly sleep.
+    cores = [""] * len(ids) if is_sim else core_shares(machine, len(ids))
+    gpus, gpu_memory = ([""] * len(ids), 0.0) if is_sim else gpu_shares(machine, len(ids), options.engine_args)
     processes = []
     for (role, worker_id), port, core_list, gpu in zip(ids, ports, cores, gpus, strict=True):
         engine_args = dict(options.engine_args)
-        if not machine.gpus:
+        if not machine.gpus and not is_sim:
             # torch.compile doubles the time to ready on a CPU (40 s instead of 17) and gains little there.
             engine_args.setdefault("enforce_eager", True)
         if gpu_memory and "gpu_memory_utilization" not in engine_args:
@@ -222,6 +230,8 @@ def _service(
 
 
 def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
+    if options.engine == "sim":
+        return _sim_rooms(options, machine)
     prompt = model.kv_bytes(_max_len(options, model), _value_bytes(options))
     least_arena = ARENA_PROMPTS * prompt
     arena = min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), int(machine.free_shm_bytes * GPU_SHARE))
@@ -233,6 +243,20 @@ def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
     weights = 0 if machine.gpus else model.weights_bytes
     workers = options.prefill + options.decode
     return Rooms(arena=arena, kv=kv, total=workers * (WORKER_BYTES + weights + kv) + arena + SERVICE_BYTES)
+
+
+def _sim_rooms(options: UpOptions, machine: Machine) -> Rooms:
+    """Room for as many tokens with their bytes as without. Raises SettingsError for the engine's arguments."""
+    shape = resolve(options.engine_args, has_kv=options.sim_kv == "on")
+    prompt = math.ceil(shape.max_model_len / shape.block_size) * shape.block_bytes
+    arena = min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), int(machine.free_shm_bytes * GPU_SHARE))
+    blocks = max(arena, ARENA_PROMPTS * prompt) // shape.block_bytes + 2  # the arena has a head, too
+    arena = int(options.arena_gib * GIB) or max(LEAST_ARENA_BYTES, blocks * (shape.slot_bytes + SLOT_WORD_BYTES))
+    wanted = min(KV_PROMPTS * prompt, int(machine.memory_bytes * KV_SHARE))
+    kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
+    pages = kv // shape.block_bytes * (shape.slot_bytes + SIM_BLOCK_BYTES)
+    workers = options.prefill + options.decode
+    return Rooms(arena=arena, kv=kv, total=workers * (SIM_WORKER_BYTES + pages) + arena + SERVICE_BYTES)
 
 
 def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms) -> None:

@@ -35,6 +35,7 @@ from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
 from shared.worker.selftest import complete_once
+from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def main(role: str) -> None:
     except SettingsError as error:
         print(f"baton {role}: {error}", file=sys.stderr)
         code = 2
+    except BatonError as error:
+        print(f"baton {role}: {error.message}", file=sys.stderr)
+        code = 1
     sys.exit(code)
 
 
@@ -115,7 +119,17 @@ class Worker:
         settings = self._settings
         started = time.monotonic()
         log.info("loading %s", settings.model)
-        engine = await VllmEngine.start(
+        engine = await (self._start_sim() if settings.engine == "sim" else self._start_vllm())
+        stack.push_async_callback(engine.close)
+        info = engine.info
+        facts = {"engine": info.name, "max_model_len": info.max_model_len, **info.details}
+        self._metrics.engine.info({key: str(value) for key, value in facts.items()})
+        log.info("engine ready after %.1f s: %s", time.monotonic() - started, info)
+        return engine
+
+    async def _start_vllm(self) -> Engine:
+        settings = self._settings
+        return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,
                 revision=settings.revision,
@@ -127,9 +141,23 @@ class Worker:
                 cpu_cores=cores_of(settings.cpu_cores),
             )
         )
-        stack.push_async_callback(engine.close)
-        log.info("engine ready after %.1f s: %s", time.monotonic() - started, engine.info)
-        return engine
+
+    async def _start_sim(self) -> Engine:
+        settings = self._settings
+        return await SimEngine.start(
+            SimSettings(
+                model=settings.model,
+                revision=settings.revision,
+                args=settings.engine_args,
+                kv_bytes=int(settings.kv_gib * BYTES_PER_GIB),
+                kv_socket=settings.kv_socket,
+                session=self._incarnation,
+                worker=settings.id,
+                speed=settings.sim_speed,
+                has_kv=settings.sim_kv == "on",
+            ),
+            self._metrics.registry,
+        )
 
     async def _serve(self, bus: Bus, context: WorkerContext, probes: Probes) -> None:
         """From the engine's readiness to the end of the drain."""

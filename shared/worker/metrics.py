@@ -1,6 +1,6 @@
 """A worker's metrics; names of design section 9."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from shared.process_metrics import watch_process
 
@@ -28,14 +28,15 @@ class WorkerMetrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self.registry,
         )
+        self.engine = Info("baton_engine", "The engine, and what it was started with", registry=self.registry)
         self.jobs = Gauge("baton_worker_jobs", "Jobs running on this worker", registry=self.registry)
         self.running = Gauge("baton_engine_running", "Sequences in the engine's batch", registry=self.registry)
         self.waiting = Gauge("baton_engine_waiting", "Requests in the engine's queue", registry=self.registry)
         self.kv_usage = Gauge("baton_engine_kv_usage", "Share of the engine's KV pages in use", registry=self.registry)
-        self.preemptions = Gauge("baton_engine_preemptions", "Preemptions so far, from vLLM", registry=self.registry)
+        self.preemptions = Gauge("baton_engine_preemptions", "Preemptions so far", registry=self.registry)
         self.computed_prompt_tokens = Gauge(
             "baton_engine_computed_prompt_tokens",
-            "Prompt tokens computed so far, by vLLM's own counter",
+            "Prompt tokens computed so far, by the engine's own counter",
             registry=self.registry,
         )
         self.bad_messages = Gauge("baton_bus_bad_messages", "Messages dropped", registry=self.registry)

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from services.kv_transfer.connector.rank_client import RankClient
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import Internal, InvalidRequest
 from shared.kv.client import KvClient
+from shared.kv.rank_client import RankClient
 from shared.prefix_index import PrefixReader, open_redis
 from shared.settings import to_environ
 from tests.support.nats import nats_server

@@ -14,8 +14,6 @@ import pytest
 import uvloop
 import xxhash
 
-from services.kv_transfer.connector.rank_client import RankClient
-from services.kv_transfer.connector.rank_link import checked, exchange, read_answer
 from services.kv_transfer.server import bind
 from shared import telemetry
 from shared.errors import InvalidRequest, KvLost, KvMemory, KvMismatch, NoCapacity, SettingsError
@@ -32,6 +30,8 @@ from shared.kv.messages import (
     Revoked,
     encode,
 )
+from shared.kv.rank_client import RankClient
+from shared.kv.rank_link import checked, exchange, read_answer
 from tests.support.running_store import SLOT_BYTES, RunningStore, running_store, small_geometry
 from tests.support.tracing import watch_spans
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.kv_transfer.connector.rank_client import RankClient
 from shared.errors import BatonError, KvLost
 from shared.kv.client import KvClient
 from shared.kv.messages import Reserved
+from shared.kv.rank_client import RankClient
 from tests.support.running_store import SLOT_BYTES, running_store, small_geometry
 
 TURNS = 150

@@ -8,9 +8,9 @@ import sys
 
 import msgspec
 
-from services.kv_transfer.connector.rank_client import RankClient
 from shared.kv.client import KvClient
 from shared.kv.messages import Geometry
+from shared.kv.rank_client import RankClient
 
 
 async def main(path: str, geometry: Geometry) -> None:

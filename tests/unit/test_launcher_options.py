@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,12 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], words: str)
     [
         (["--nodes", "2"], "--nodes 2: only 1"),
         (["--gateways", "3"], "--gateways 3: only 1"),
-        (["--engine", "sim"], "later version"),
-        (["--sim-speed", "2"], "unrecognized arguments: --sim-speed"),
+        (["--engine", "real"], "invalid choice"),
+        (["--sim-speed", "2"], "--sim-speed is for the sim engine: add --engine sim"),
+        (["--engine", "vllm", "--sim-kv", "off"], "--sim-kv is for the sim engine"),
+        (["--engine", "sim", "--sim-speed", "0"], "sim_speed"),
+        (["--engine", "sim", "--sim-speed", "fast"], "sim_speed"),
+        (["--engine", "sim", "--sim-kv", "full"], "invalid choice"),
         (["--pre", "2"], "unrecognized arguments"),
         (["--arrangement", "both"], "invalid choice"),
         (["--prefill", "two"], "invalid int value"),
@@ -90,6 +95,16 @@ def test_what_is_not_offered_is_refused_in_one_line(argv: list[str], words: str)
 
 def test_no_prefill_workers_are_fine_when_nothing_must_be_split() -> None:
     assert resolve("--prefill", "0", "--arrangement", "unsplit").prefill == 0
+
+
+def test_the_sim_engine_has_a_speed_up_to_infinity(tmp_path: Path) -> None:
+    options = resolve("--engine", "sim", "--sim-speed", "inf", "--sim-kv", "off")
+    assert (options.engine, options.sim_speed, options.sim_kv) == ("sim", math.inf, "off")
+    assert resolve(environ={"BATON_ENGINE": "sim", "BATON_SIM_SPEED": "2.5"}).sim_speed == 2.5
+    file = tmp_path / "baton.yaml"
+    file.write_text("engine: sim\nsim_speed: .inf\nsim_kv: off\n")  # YAML reads a bare off as false
+    options = resolve(environ={"BATON_CONFIG": str(file)})
+    assert (options.sim_speed, options.sim_kv) == (math.inf, "off")
 
 
 @pytest.mark.parametrize("command", ["status", "down", "chat hello", "logs", "tap", "config", "up"])

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import msgspec
@@ -199,3 +200,46 @@ def test_free_ports_differ() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
     assert all(1024 <= port <= 65535 for port in ports)
+
+
+def sim(**options: object) -> UpOptions:
+    return UpOptions(engine="sim", **options)  # type: ignore[arg-type]
+
+
+def test_sim_workers_are_not_pinned_and_get_no_arguments_of_vllms() -> None:
+    machine = msgspec.structs.replace(LAPTOP, gpus=("0", "1"))
+    for where in (machine, LAPTOP):
+        worker = one(make(sim(sim_speed=math.inf, sim_kv="off"), machine=where), "decode-0")
+        assert worker.environ == {}
+        settings = msgspec.structs.asdict(resolved(worker))
+        assert (settings["engine"], settings["engine_args"], settings["cpu_cores"]) == ("sim", {}, "")
+        assert (settings["sim_speed"], settings["sim_kv"]) == (math.inf, "off")
+    assert "sim_speed" not in one(make(), "decode-0").settings
+
+
+def test_sim_workers_are_small() -> None:
+    small = msgspec.structs.replace(LAPTOP, memory_bytes=4 * GIB, free_memory_bytes=3 * GIB)
+    with pytest.raises(Refusal):
+        make(UpOptions(), machine=small)
+    assert len(make(sim(), machine=small).processes) == 6
+
+
+def test_without_kv_the_arena_holds_as_many_blocks_in_less_room() -> None:
+    on, off = (one(make(sim(sim_kv=kv)), "kv-0").settings["arena_gib"] * GIB for kv in ("on", "off"))
+    assert off / (64 + 8) == pytest.approx(on / (32 * 2048), rel=0.05)
+    tiny = make(sim(sim_kv="off", engine_args={"kv_bytes_per_token": True, "max_model_len": 64}))
+    assert one(tiny, "kv-0").settings["arena_gib"] > 0  # 0 would be kv_transfer's own default
+    given = make(sim(sim_kv="off", arena_gib=0.5))
+    assert one(given, "kv-0").settings["arena_gib"] == 0.5
+
+
+def test_kv_of_true_size_needs_its_room() -> None:
+    with pytest.raises(Refusal, match="max_model_len"):
+        make(sim(engine_args={"kv_bytes_per_token": True, "max_model_len": 16384}))
+    made = make(sim(engine_args={"kv_bytes_per_token": True, "max_model_len": 2048}, decode=1))
+    assert one(made, "kv-0").settings["arena_gib"] * GIB >= 2 * 2048 * 327680
+
+
+def test_bad_arguments_of_the_sim_are_refused_before_anything_starts() -> None:
+    with pytest.raises(SettingsError, match="dtype"):
+        make(sim(engine_args={"dtype": "float32"}))

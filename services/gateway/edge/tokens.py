@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 
 import jinja2
 import jinja2.ext
-from huggingface_hub import snapshot_download
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from services.gateway.edge.requests import Message
 from shared.errors import InvalidRequest, SettingsError
+from shared.model_files import model_folder, read_json, read_tokenizer, vocabulary_size
 
 T = TypeVar("T")
 
 INLINE_CHARACTERS = 1000  # longer texts go to a thread: 100k characters inline stall every stream for 22-42 ms
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*", "config.json")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -31,7 +30,7 @@ class ChatTokenizer:
     """A model's tokeniser and chat template. Create with `load`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str | None, special_tokens: dict[str, str], vocabulary: int = 0
+        self, tokenizer: Tokenizer, template: str | None, special_tokens: dict[str, str], vocabulary: int
     ) -> None:
         """Raises SettingsError for a template that does not compile."""
         tokenizer.no_truncation()
@@ -42,24 +41,17 @@ class ChatTokenizer:
             self._template = _environment().from_string(template) if template else None
         except jinja2.TemplateError as error:
             raise SettingsError(f"setting 'model': its chat template does not compile: {error}") from error
-        # A model's embedding may be padded beyond its tokeniser.
-        self.vocabulary = max(vocabulary, tokenizer.get_vocab_size(with_added_tokens=True))
+        self.vocabulary = vocabulary
 
     @classmethod
     def load(cls, model: str, revision: str = "") -> "ChatTokenizer":
         """Raises SettingsError that says what is missing. `model` is a folder or a Hugging Face id."""
-        folder = _folder(model, revision)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise SettingsError(f"setting 'model': {model} has no tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise SettingsError(f"setting 'model': {path} cannot be read: {error}") from error
-        config = _json(folder / "tokenizer_config.json")
-        special = {**_json(folder / "special_tokens_map.json"), **config}
+        folder = model_folder(model, revision)
+        tokenizer = read_tokenizer(folder, model)
+        config = read_json(folder / "tokenizer_config.json")
+        special = {**read_json(folder / "special_tokens_map.json"), **config}
         names = {name: _token_text(special[name]) for name in SPECIAL_TOKENS if special.get(name)}
-        return cls(tokenizer, _template_text(folder, config), names, _vocabulary(_json(folder / "config.json")))
+        return cls(tokenizer, _template_text(folder, config), names, vocabulary_size(folder, tokenizer))
 
     async def chat(self, messages: list[Message]) -> list[int]:
         """The prompt of a conversation. Raises InvalidRequest when the template refuses it."""
@@ -140,37 +132,6 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _folder(model: str, revision: str) -> Path:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.startswith((".", "/", "~")):
-        raise SettingsError(f"setting 'model': there is no folder {model}")
-    try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=list(FILES)))
-    except Exception as error:  # network, authorisation, name: the user needs one line in every case
-        raise SettingsError(
-            f"setting 'model': {model} is no folder here and cannot be fetched: {type(error).__name__}"
-        ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"setting 'model': {path} cannot be read: {error}") from error
-    return loaded if isinstance(loaded, dict) else {}
-
-
-def _vocabulary(config: dict[str, Any]) -> int:
-    """Multimodal models keep it with their text part."""
-    text = config.get("text_config")
-    size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else 0)
-    return size if isinstance(size, int) else 0
-
-
 def _token_text(token: Any) -> str:
     return str(token["content"]) if isinstance(token, dict) else str(token)
 
@@ -180,7 +141,7 @@ def _template_text(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text()
-    found = _json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    found = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):  # several named ones
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     return found if isinstance(found, str) else None

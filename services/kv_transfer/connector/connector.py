@@ -16,9 +16,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from services.kv_transfer.connector.lifeline import die_with_parent
-from services.kv_transfer.connector.plan import StepPlan
-from services.kv_transfer.connector.scheduler_side import SchedulerSide
 from services.kv_transfer.connector.worker_side import WorkerSide
+from shared.kv.copies import StepPlan
+from shared.kv.copy_planner import CopyPlanner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,14 +40,14 @@ class BatonConnector(KVConnectorBase_V1):
     """Not a SupportsHMA: one KV cache group only, so vLLM turns its hybrid manager off."""
 
     # A connector plays one role; vLLM never calls the other role's hooks.
-    _scheduler: SchedulerSide
+    _scheduler: CopyPlanner
     _worker: WorkerSide
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         die_with_parent()
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(vllm_config.cache_config.block_size)
+            self._scheduler = CopyPlanner(vllm_config.cache_config.block_size)
         else:
             if vllm_config.device_config.device_type == "cpu" and hasattr(torch.cpu, "_init_amx"):
                 # The attention kernel uses AMX tiles before anything has asked the kernel for them (SIGILL).

@@ -4,23 +4,10 @@ A slot of the arena holds one block: the pages of every layer, in the order of r
 """
 
 import ctypes
-from typing import Protocol
 
 import torch
 
-
-class Pages(Protocol):
-    """Copies whole blocks between the engine's pages and a slot."""
-
-    slot_bytes: int
-
-    def read(self, block_id: int, slot: memoryview) -> None:
-        """Page -> slot."""
-        ...
-
-    def write(self, block_id: int, slot: memoryview) -> None:
-        """Slot -> page."""
-        ...
+from shared.kv.copier import Pages
 
 
 def open_pages(kv_caches: dict[str, torch.Tensor]) -> Pages:

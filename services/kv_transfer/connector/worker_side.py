@@ -7,17 +7,16 @@ reported invalid with it, so the engine recomputes; no copy under a revoked leas
 import logging
 import queue
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-import xxhash
 
 from services.kv_transfer.connector.fingerprint import geometry_of
-from services.kv_transfer.connector.pages import Pages, open_pages
-from services.kv_transfer.connector.plan import Load, Page, Save
-from services.kv_transfer.connector.rank_client import RankClient
-from shared.errors import BatonError, KvLost
+from services.kv_transfer.connector.pages import open_pages
+from shared.errors import BatonError
+from shared.kv.copier import Copier
+from shared.kv.copies import Load, Save
+from shared.kv.rank_client import RankClient
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,8 +47,9 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach to the store. Raises KvMismatch or KvLost, which stops the engine's start with a clear line."""
-        self._pages: Pages = open_pages(kv_caches)
-        self._client.attach(geometry_of(self._vllm_config, self._kv_cache_config, self._pages.slot_bytes, kv_caches))
+        pages = open_pages(kv_caches)
+        self._client.attach(geometry_of(self._vllm_config, self._kv_cache_config, pages.slot_bytes, kv_caches))
+        self._copier = Copier(self._client, pages, self._rank)
         self._thread.start()
 
     # ---- saving -----------------------------------------------------------------------------------------------
@@ -58,25 +58,10 @@ class WorkerSide:
         """Copy out and commit, before the step ends. What fails stays uncommitted: its reader recomputes."""
         for save in saves:
             try:
-                self._save(save)
+                commit = self._copier.copy_out(save)
+                self._client.commit(commit.lease, commit.blocks, commit.checksums, commit.started_ns)
             except BatonError as error:
                 log.warning("kv: %d blocks not saved: %s", len(save.pages), error.message)
-
-    def _save(self, save: Save) -> None:
-        if not self._client.begin_copy(save.lease, save.arena):
-            log.warning("kv: %d blocks not saved: their lease is gone", len(save.pages))
-            return
-        started_ns, checksums = time.time_ns(), []
-        try:
-            for page in save.pages:
-                if self._client.word(page.slot) != page.word:
-                    raise KvLost("a reserved slot has another owner")
-                slot = self._client.slot_view(page.slot + self._rank)
-                self._pages.read(page.block_id, slot)
-                checksums.append(xxhash.xxh3_64_intdigest(slot))
-        finally:
-            self._client.end_copy(save.lease)
-        self._client.commit(save.lease, [page.block for page in save.pages], checksums, started_ns)
 
     # ---- loading ----------------------------------------------------------------------------------------------
 
@@ -116,35 +101,18 @@ class WorkerSide:
 
     def _load(self, load: Load) -> set[int]:
         """Returns the pages that were not filled."""
-        started_ns = time.time_ns()
-        if not self._client.begin_copy(load.lease, load.arena):
-            invalid = {page.block_id for page in load.pages}
-        else:
-            try:
-                invalid = {page.block_id for page in load.pages if not self._fill(page)}
-            finally:
-                self._client.end_copy(load.lease)
-        if invalid:
-            log.warning("kv: %d of %d blocks could not be loaded", len(invalid), len(load.pages))
+        invalid, loaded = self._copier.copy_in(load)
         try:
             self._client.loaded(
-                load.lease,
-                blocks=len(load.pages) - len(invalid),
-                failed=len(invalid),
-                started_ns=started_ns,
-                ended_ns=time.time_ns(),
+                loaded.lease,
+                blocks=loaded.blocks,
+                failed=loaded.failed,
+                started_ns=loaded.started_ns,
+                ended_ns=loaded.ended_ns,
             )
         except BatonError as error:
             log.warning("kv: load not counted: %s", error.message)
         return invalid
-
-    def _fill(self, page: Page) -> bool:
-        """Check, copy, check: the slot may have got another owner if its lease is gone."""
-        slot = page.slot + self._rank
-        if self._client.word(page.slot) != page.word:
-            return False
-        self._pages.write(page.block_id, self._client.slot_view(slot))
-        return bool(self._client.word(page.slot) == page.word)
 
     def close(self) -> None:
         if self._thread.is_alive():

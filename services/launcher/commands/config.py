@@ -18,7 +18,7 @@ def config(options: UpOptions, folder: ClusterFolder, programs: Programs) -> int
     else:
         what = "as baton up would start them"
         place = Place(run_folder="/run-folder", ports=(0,) * ports_needed(options), token="token")  # noqa: S106
-        model = read_model(options.model, options.revision)
+        model = read_model(options.model, options.revision, with_weights=options.engine != "sim")
         chosen = plan(options, read_machine(options.shm_dir), model, programs, place)
         settings = {p.id: (p.role, p.settings) for p in chosen.processes if p.role in SERVICES}
     print(f"# {what}")

@@ -53,7 +53,8 @@ def _launch(options: UpOptions, folder: ClusterFolder, programs: Programs, annou
         raise Refusal(
             f"cannot listen on {options.host}:{options.port} ({why}): stop who does, or choose another --port"
         )
-    machine, model = read_machine(options.shm_dir), read_model(options.model, options.revision)
+    machine = read_machine(options.shm_dir)
+    model = read_model(options.model, options.revision, with_weights=options.engine != "sim")
     for old_log in folder.logs.glob("*.log"):
         old_log.unlink()
     run_folder = _run_folder()
@@ -153,7 +154,8 @@ async def _welcome(chosen: Plan, options: UpOptions, folder: ClusterFolder, took
 
 
 def _tiers(options: UpOptions) -> str:
-    return f"{options.prefill} prefill, {options.decode} decode, arrangement {options.arrangement}"
+    engine = f", sim engine at speed {options.sim_speed:g}" if options.engine == "sim" else ""
+    return f"{options.prefill} prefill, {options.decode} decode, arrangement {options.arrangement}{engine}"
 
 
 def _passed_on(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The connector inside vLLM's scheduler: decides, per step, which pages to load and which to save.
+"""Decides, per step of an engine, which pages to load and which to save: for vLLM's connector and the sim engine alike.
 
 Invariants: no I/O; a request's loads are planned once an allocation, again after a preemption, never again after one
 failed; a block is saved once per lease, in the step that completes it. Reservations are made before the engine sees
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from services.kv_transfer.connector.plan import Load, Page, Save, StepPlan
+from shared.kv.copies import Load, Page, Save, StepPlan
 from shared.worker.engine import KvPlan
 
 
@@ -26,7 +26,7 @@ class _Tracked:
     computed_tokens: int = 0  # prompt tokens that steps were scheduled for
 
 
-class SchedulerSide:
+class CopyPlanner:
     """All state is keyed by the engine's request ids and dropped in `finished`, except unsaved blocks, by lease."""
 
     def __init__(self, block_size: int) -> None:
@@ -37,11 +37,11 @@ class SchedulerSide:
         self._lease_users: dict[str, int] = {}
         self._loads: list[Load] = []
 
-    def track(self, request_id: str, params: dict[str, Any] | None, prompt_tokens: int) -> None:
+    def track(self, request_id: str, params: KvPlan | dict[str, Any] | None, prompt_tokens: int) -> None:
         """Remember a new request that came with a KvPlan. Raises msgspec.ValidationError for a malformed one."""
         if not params or request_id in self._requests:
             return
-        plan = msgspec.convert(params, KvPlan)
+        plan = params if isinstance(params, KvPlan) else msgspec.convert(params, KvPlan)
         self._requests[request_id] = _Tracked(plan, prompt_tokens)
         self._lease_users[plan.lease] = self._lease_users.get(plan.lease, 0) + 1
         if plan.save and plan.lease not in self._unsaved:

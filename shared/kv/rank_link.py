@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -71,6 +72,21 @@ class RankLink:
             self.is_broken = False
         return checked(answer, expect)
 
+    def call_all(self, bodies: Sequence[AnyCall]) -> list[Body]:
+        """Ask several things at once, and read all answers. Raises KvLost when the socket fails.
+
+        Only as many as fit the sockets' buffers: the store reads nothing more while its answers are not read.
+        """
+        with self._lock:
+            if self.is_broken:
+                raise KvLost("the store is away")
+            first = self._calls + 1
+            self._calls += len(bodies)
+            self.is_broken = True
+            found = exchange_all(self._command, first, bodies)
+            self.is_broken = False
+        return found
+
     def tell(self, body: AnyCall) -> None:
         """Send on the watch socket; the answer comes with the pushes. Raises OSError."""
         self.watch.sendall(encode(Call(1, body)))
@@ -124,6 +140,20 @@ def exchange(sock: socket.socket, call_id: int, body: AnyCall) -> Answer:
     except (OSError, msgspec.DecodeError) as error:
         raise KvLost(f"the store does not answer: {type(error).__name__}") from error
     return answer
+
+
+def exchange_all(sock: socket.socket, first_id: int, bodies: Sequence[AnyCall]) -> list[Body]:
+    """The answers' bodies, in order. Raises KvLost like `exchange`."""
+    found: list[Body] = []
+    try:
+        sock.sendall(b"".join(encode(Call(first_id + number, body)) for number, body in enumerate(bodies)))
+        while len(found) < len(bodies):
+            answer = read_answer(sock)
+            if answer.id == first_id + len(found):
+                found.append(answer.body)
+    except (OSError, msgspec.DecodeError) as error:
+        raise KvLost(f"the store does not answer: {type(error).__name__}") from error
+    return found
 
 
 def checked(answer: Answer, expect: type[B]) -> B:

@@ -21,18 +21,23 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 
-from services.kv_transfer.connector.rank_link import RankLink, is_fatal, open_link, read_answer
-from shared.errors import BatonError, KvLost
-from shared.kv.messages import AnyCall, Attached, Commit, Geometry, Loaded, Ok, Revoke, Revoked
+from shared.errors import BatonError, KvLost, from_wire
+from shared.kv.messages import AnyCall, Attached, Body, Commit, Geometry, Loaded, Ok, Refusal, Revoke, Revoked
+from shared.kv.rank_link import RankLink, is_fatal, open_link, read_answer
 
 log = logging.getLogger(__name__)
 
 REMEMBERED_REVOKES = 65536
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
+REPORTS = 256  # at once: some 30 bytes of answer each
+
+T = TypeVar("T")
 
 
 class RankClient:
@@ -130,6 +135,22 @@ class RankClient:
         """Report copies out of the arena, for metrics and traces. Raises KvLost when the store is gone."""
         self._call(Loaded(lease=lease, blocks=blocks, failed=failed, started_ns=started_ns, ended_ns=ended_ns))
 
+    def report(self, bodies: Sequence[Commit | Loaded]) -> list[BatonError | None]:
+        """Many `commit` and `loaded` at once: an engine with hundreds of short prompts a second has no time for each.
+
+        Returns what became of each. Never raises.
+        """
+        found: list[BatonError | None] = []
+        for start in range(0, len(bodies), REPORTS):
+            part = bodies[start : start + REPORTS]
+            try:
+                answers = self._call_all(part)
+            except KvLost as error:
+                found.extend([error] * len(part))
+                continue
+            found.extend(from_wire(a.code, a.message) if isinstance(a, Refusal) else None for a in answers)
+        return found
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Detach; waits for running copies. Idempotent."""
         with self._state:
@@ -163,12 +184,18 @@ class RankClient:
         return link
 
     def _call(self, body: AnyCall) -> None:
+        self._over_the_link(lambda link: link.call(body, Ok))
+
+    def _call_all(self, bodies: Sequence[AnyCall]) -> list[Body]:
+        return self._over_the_link(lambda link: link.call_all(bodies))
+
+    def _over_the_link(self, call: Callable[[RankLink], T]) -> T:
         with self._state:
             link = self._link if self._is_usable else None
         if link is None:
             raise KvLost("the store is away")
         try:
-            link.call(body, Ok)
+            return call(link)
         except KvLost:
             # Perhaps only the lease is gone; perhaps the socket is, and then nothing on it can be trusted any more.
             if link.is_broken:

@@ -1,4 +1,4 @@
-"""What the scheduler side tells the worker side in one engine step: pages to load, pages to save."""
+"""What a planner tells a copier in one engine step: pages to load, pages to save."""
 
 from dataclasses import dataclass, field
 

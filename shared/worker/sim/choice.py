@@ -1,0 +1,119 @@
+"""A request in the sim: its stream of deltas, and its choices, each a sequence of the scheduler's."""
+
+import asyncio
+
+from shared import wire
+from shared.errors import BatonError, InvalidRequest, UnsupportedParameter
+from shared.worker.engine import EngineDelta, EngineRequest
+from shared.worker.sim.contents import Contents, History, Reading
+from shared.worker.sim.scheduler import Sequence
+from shared.worker.sim.text import Sampler, Stops, TokenTable
+
+# What there is nothing for in an engine without likelihoods. Temperature and its like change nothing, and are taken.
+_MISSING = ("logprobs", "prompt_logprobs", "structured", "logit_bias", "bad_words")
+
+
+class Stream:
+    """Deltas on their way to whoever reads `generate`."""
+
+    __slots__ = ("deltas", "error", "open", "waiter")
+
+    def __init__(self, choices: int) -> None:
+        self.deltas: list[EngineDelta] = []
+        self.open = choices  # without their last delta
+        self.error: BatonError | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    def push(self, delta: EngineDelta) -> None:
+        self.deltas.append(delta)
+        self.wake()
+
+    def fail(self, error: BatonError) -> None:
+        self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def take(self) -> list[EngineDelta]:
+        """What has come since the last call; waits for more than nothing. Raises what the stream failed with."""
+        while not self.deltas:
+            if self.error is not None:
+                raise self.error
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+
+class Choice(Sequence):
+    __slots__ = (
+        "began_s",
+        "excess",
+        "history",
+        "index",
+        "lease",
+        "limit",
+        "min_tokens",
+        "produced",
+        "sampler",
+        "stops",
+        "stream",
+    )
+
+    def __init__(
+        self, request: EngineRequest, index: int, stream: Stream, *, reading: Reading, salt: int, limit: int
+    ) -> None:
+        """`limit`: tokens after which it ends."""
+        name = request.id if request.sampling.n == 1 else f"{index}_{request.id}"
+        super().__init__(name, list(request.tokens), reading, salt)
+        sampling = request.sampling
+        self.index = index
+        self.stream = stream
+        self.lease = request.kv.lease if request.kv is not None else ""
+        self.limit = limit
+        self.min_tokens = sampling.min_tokens
+        self.produced = 0
+        self.stops = Stops(sampling) if sampling.stop or sampling.stop_token_ids else None
+        self.excess = 0  # of the prompt's pages, see pages.py
+        self.began_s = 0.0
+
+    def prepare(self, contents: Contents, table: TokenTable, sampling: wire.Sampling) -> None:
+        self.sampler = Sampler(table, sampling, self.index)
+        self.history = History(contents, self.reading, self.tokens)
+
+    def sample(self, table: TokenTable) -> EngineDelta:
+        """One more token, as a delta without an account."""
+        produced = self.produced
+        index = self.sampler.next(self.history.state, self.excess, may_stop=produced >= self.min_tokens)
+        token, text = table.ids[index], table.texts[index]
+        self.produced = produced = produced + 1
+        finish = None
+        if self.stops is not None:
+            ending = self.stops.push(token, text, is_last=produced >= self.limit)
+            text, finish = ending.text, ending.finish
+        elif produced >= self.limit:
+            finish = wire.Finish(reason="length")
+        self.tokens.append(token)
+        self.history.push(token, table.hashes[index])
+        return EngineDelta(choice=self.index, text=text, tokens=[token], finish=finish)
+
+
+def refuse(request: EngineRequest, max_model_len: int, vocabulary: int) -> None:
+    """Raises InvalidRequest for what this engine cannot do, as vLLM does for what no engine could."""
+    sampling, length = request.sampling, len(request.tokens)
+    for name in _MISSING:
+        if getattr(sampling, name) not in (None, {}, []):
+            raise UnsupportedParameter(f"the sim engine has no {name}", param=name)
+    if not length:
+        raise InvalidRequest("the prompt is empty")
+    if length >= max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {length} tokens and this model takes {max_model_len}, one of them for the output"
+        )
+    if sampling.max_tokens < 1:
+        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
+    if max(request.tokens) >= vocabulary:
+        raise InvalidRequest(f"the prompt has a token id beyond the vocabulary of {vocabulary}")

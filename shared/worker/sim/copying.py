@@ -1,0 +1,116 @@
+"""A thread that copies blocks between the sim's pages and the node's arena, beside the steps.
+
+Invariants: every load and save ends in exactly one `Copied`, told on the engine's loop; a load's comes as soon as its
+bytes are there, a save's when the store has answered its commit. What waits is copied first and reported in one go:
+a call to the store for each of a thousand short prompts a second would take the interpreter from the loop as often.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from shared.errors import BatonError
+from shared.kv.copier import Copier, Pages
+from shared.kv.copies import Load, Save
+from shared.kv.messages import Commit, Loaded
+from shared.kv.rank_client import RankClient
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 64
+JOIN_S = 5.0
+
+
+@dataclass(slots=True)
+class Copied:
+    """The end of a copy; `invalid` pages of a load could not be filled."""
+
+    copy: Load | Save
+    invalid: set[int] = field(default_factory=set)
+
+
+class CopyThread:
+    """Owned by the engine. Needs a client that is attached."""
+
+    def __init__(self, client: RankClient, pages: Pages, on_copied: Callable[[list[Copied]], None]) -> None:
+        """Starts at once. `on_copied` is called on the running loop."""
+        self._client = client
+        self._copier = Copier(client, pages)
+        self._on_copied = on_copied
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[Load | Save | None] = queue.SimpleQueue()
+        self._told: list[Copied] = []
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="sim-copies", daemon=True)
+        self._thread.start()
+
+    def put(self, copy: Load | Save) -> None:
+        self._queue.put(copy)
+
+    def close(self) -> None:
+        """Blocking: what runs is ended, what waits is not begun."""
+        self._queue.put(None)
+        self._thread.join(JOIN_S)
+        self._client.close()
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch: list[Load | Save] = [first]
+            while len(batch) < AT_ONCE and not self._queue.empty():
+                following = self._queue.get()
+                if following is None:
+                    self._queue.put(None)
+                    break
+                batch.append(following)
+            self._copy(batch)
+
+    def _copy(self, batch: list[Load | Save]) -> None:
+        reports: list[Commit | Loaded] = []
+        saves: list[Copied] = []
+        ended: list[Copied] = []
+        for copy in batch:
+            try:
+                if isinstance(copy, Save):
+                    reports.append(self._copier.copy_out(copy))
+                    saves.append(Copied(copy))
+                else:
+                    invalid, report = self._copier.copy_in(copy)
+                    reports.append(report)
+                    ended.append(Copied(copy, invalid))
+            except Exception as error:  # noqa: BLE001 - one broken copy must not stop the rest
+                _explain(copy, error)
+                ended.append(Copied(copy, {page.block_id for page in copy.pages}))
+        self._tell(ended)
+        for told, refusal in zip(reports, self._client.report(reports), strict=True):
+            if refusal is not None:
+                what = "not committed" if isinstance(told, Commit) else "load not counted"
+                log.warning("kv: %s: %s", what, refusal.message)
+        self._tell(saves)
+
+    def _tell(self, ended: list[Copied]) -> None:
+        if not ended:
+            return
+        with self._lock:
+            is_first = not self._told
+            self._told += ended
+        if is_first:
+            try:
+                self._loop.call_soon_threadsafe(self._hand_over)
+            except RuntimeError:
+                log.debug("kv: the engine's loop is closed")
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            told, self._told = self._told, []
+        self._on_copied(told)
+
+
+def _explain(copy: Load | Save, error: Exception) -> None:
+    what = "saved" if isinstance(copy, Save) else "loaded"
+    if isinstance(error, BatonError):
+        log.warning("kv: %d blocks not %s: %s", len(copy.pages), what, error.message)
+    else:
+        log.error("kv: %d blocks not %s", len(copy.pages), what, exc_info=error)
