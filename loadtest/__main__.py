@@ -4,13 +4,22 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from loadtest import compare, handoff, model, soak
+from loadtest import report
+from loadtest.cluster import compare, handoff, model, soak
+from loadtest.load import run
+from loadtest.micro import gateway, kv
+from loadtest.profiling import profile
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
+    "run": (run.add_arguments, run.run, "offer a workload or a trace, measure as a client, write result.json"),
+    "report": (report.add_arguments, report.run, "one HTML page about a run, or a comparison of several"),
     "compare": (compare.add_arguments, compare.run, "a split cluster against an unsplit one, in turns"),
     "handoff": (handoff.add_arguments, handoff.run, "from the end of prefill to decode's first step, against memcpy"),
+    "gateway": (gateway.add_arguments, gateway.run, "the token path by itself, next to servers without an engine"),
+    "kv": (kv.add_arguments, kv.run, "the KV plane of one node by itself, next to plain memcpy and raw sockets"),
     "soak": (soak.add_arguments, soak.run, "mixed load for an hour: right texts, flat memory"),
     "model": (model.add_arguments, model.run, "make a random model with a KV cache of a chosen size"),
+    "profile": (profile.add_arguments, profile.run, "measure engine step times and fit a profile for the sim engine"),
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loadtest.otlp import Receiver, Span
+from loadtest.cluster.otlp import Receiver, Span
 from tests.support.cluster import Cluster, running_cluster
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]

@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-TOKENIZER = Path(__file__).parent.parent / "models" / "demo"
+TOKENIZER = Path(__file__).parents[2] / "models" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from loadtest.stream import Timing, complete, percentile, random_prompt
+from loadtest.cluster.stream import Timing, complete, percentile, random_prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

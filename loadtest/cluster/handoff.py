@@ -13,12 +13,11 @@ import secrets
 import time
 
 import httpx
-import numpy as np
 
-from loadtest.otlp import Receiver, Span
-from loadtest.stream import complete, percentile, random_prompt
+from loadtest.cluster.otlp import Receiver, Span
+from loadtest.cluster.stream import complete, percentile, random_prompt
+from loadtest.micro.limits import memcpy_s
 
-RING_BYTES = 1 << 29  # more than a cache holds
 SPANS = {"kv.push", "kv.load", "prefill.job", "decode.first_token"}
 
 
@@ -77,15 +76,3 @@ def _row(spans: list[Span]) -> dict[str, float] | None:
         "copy in": (load.end_ns - load.start_ns) / 1e6,
         "first token": (first.end_ns - push.start_ns) / 1e6,
     }
-
-
-def memcpy_s(size_bytes: int, rounds: int = 32) -> float:
-    """Median of plain copies over a ring of buffers, so that neither side is in a cache: KV blocks are not either."""
-    ring = [np.ones(size_bytes, np.uint8) for _ in range(max(4, RING_BYTES // size_bytes))]
-    times = []
-    for number in range(rounds):
-        source, target = ring[2 * number % len(ring)], ring[(2 * number + 1) % len(ring)]
-        started = time.perf_counter()
-        np.copyto(target, source)
-        times.append(time.perf_counter() - started)
-    return percentile(times, 0.5)

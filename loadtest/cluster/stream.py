@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import httpx
 import msgspec
 
+from loadtest import slo
+
 
 @dataclass
 class Timing:
@@ -64,8 +66,5 @@ async def complete(
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Nearest rank; 0 for nothing."""
-    if not values:
-        return 0.0
-    ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+    """Nearest rank; 0 for nothing, which a table can print."""
+    return slo.percentile(values, share) or 0.0

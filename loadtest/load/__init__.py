@@ -1,0 +1,1 @@
+"""The load generator: what is said and when, many clients that say it, and what they saw."""
