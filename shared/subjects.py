@@ -29,6 +29,10 @@ def beat(c: str, role: str, service_id: str) -> str:
     return f"{c}.beat.{role}.{service_id}"
 
 
+def beats(c: str, role: str) -> str:
+    return f"{c}.beat.{role}.*"
+
+
 def all_beats(c: str) -> str:
     return f"{c}.beat.*.*"
 

@@ -36,7 +36,7 @@ class DecodeHandler:
         if context.draining or self._running >= self._limit:
             return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
         accepted: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
-        task = context.jobs.spawn((job.request, job.attempt), self._job(job, parent, accepted))
+        task = context.jobs.spawn((job.request, job.attempt), self._job(job, parent, accepted), job.gateway)
         # A task that is cancelled before its first step runs nothing of its own.
         task.add_done_callback(lambda _: _refuse(accepted, context.jobs.stopped()))
         return await accepted

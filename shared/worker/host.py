@@ -31,6 +31,7 @@ from shared.worker.batches import Batches
 from shared.worker.context import WorkerContext
 from shared.worker.decode import DecodeHandler
 from shared.worker.engine import Engine
+from shared.worker.gateways import Gateways
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
@@ -74,6 +75,7 @@ class Worker:
         self._failed = ""
         self._silent_s = 0.0  # the engine, by the last look
         self._metrics = WorkerMetrics()
+        self._gateways = Gateways(settings.id)
 
     async def run(self) -> int:
         """Returns the exit code."""
@@ -177,6 +179,8 @@ class Worker:
             await bus.serve(subjects.prefill(cluster, settings.id), prefill)
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)
+            for beats in (subjects.beats(cluster, "gateway"), subjects.beat(cluster, self._role, settings.id)):
+                await bus.listen(beats, lambda beat: self._hear(beat, context.jobs))
             await bus.flush()
             try:
                 await complete_once(bus, cluster, settings.id, self._takes, context.engine.info)
@@ -258,8 +262,20 @@ class Worker:
             except BatonError as error:
                 self._fail(error.message)
             self._judge(context.engine.silent_s())
+            for gateway in self._gateways.check(time.monotonic()):
+                self._abandon(gateway, context.jobs)
             self._metrics.bad_messages.set(bus.bad_messages)
             await asyncio.sleep(ENGINE_CHECK_S)
+
+    def _hear(self, beat: wire.AnyMessage, jobs: Jobs) -> None:
+        if isinstance(beat, wire.Heartbeat) and self._gateways.hear(beat, time.monotonic()):
+            self._abandon(beat.id, jobs)
+
+    def _abandon(self, gateway: str, jobs: Jobs) -> None:
+        """Nobody reads their tokens any more."""
+        if orphans := jobs.abandon(gateway):
+            log.warning("%s has died: its %d jobs are stopped", gateway, orphans)
+            self._metrics.orphaned_jobs.inc(orphans)
 
     def _judge(self, silent_s: float) -> None:
         # Before it is ready the self-test has a deadline of its own; a first step may compile for long.

@@ -20,15 +20,16 @@ class Jobs:
 
     def __init__(self) -> None:
         self._tasks: dict[Key, asyncio.Task[Any]] = {}
+        self._gateways: dict[Key, str] = {}  # who asked
         self._cancelled: collections.OrderedDict[Key, float] = collections.OrderedDict()
         self._verdict: BatonError | None = None
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def run(self, key: Key, job: Coroutine[Any, Any, T]) -> T:
+    async def run(self, key: Key, job: Coroutine[Any, Any, T], gateway: str) -> T:
         """Run to its end here. Raises Cancelled for a Cancel before or during it, else what `drain` stops it with."""
-        task = self.spawn(key, job)
+        task = self.spawn(key, job, gateway)
         try:
             return await task
         except asyncio.CancelledError:
@@ -37,14 +38,15 @@ class Jobs:
                 raise
             raise self.stopped() from None
 
-    def spawn(self, key: Key, job: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    def spawn(self, key: Key, job: Coroutine[Any, Any, T], gateway: str) -> "asyncio.Task[T]":
         """Start a job that goes on by itself. Raises Cancelled when its cancel was here first."""
         if key in self._cancelled or key in self._tasks:
             job.close()
             raise Cancelled("the request was cancelled" if key in self._cancelled else "this attempt already runs")
         task = asyncio.create_task(job)
         self._tasks[key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        self._gateways[key] = gateway
+        task.add_done_callback(lambda _: self._ended(key))
         return task
 
     async def cancel(self, key: Key, now: float) -> None:
@@ -54,6 +56,13 @@ class Jobs:
         if task is not None:
             task.cancel()
             await asyncio.wait([task], timeout=STOP_S)
+
+    def abandon(self, gateway: str) -> int:
+        """Stop the jobs of a gateway that has died. Returns how many there were."""
+        orphans = [key for key, asked in self._gateways.items() if asked == gateway]
+        for key in orphans:
+            self._tasks[key].cancel()
+        return len(orphans)
 
     def stopped(self) -> BatonError:
         """Why a job that was stopped had to."""
@@ -68,6 +77,10 @@ class Jobs:
             task.cancel()
         if self._tasks:
             await asyncio.wait(list(self._tasks.values()), timeout=STOP_S)
+
+    def _ended(self, key: Key) -> None:
+        self._tasks.pop(key, None)
+        self._gateways.pop(key, None)
 
     def _remember(self, key: Key, now: float) -> None:
         self._cancelled[key] = now

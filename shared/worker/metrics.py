@@ -30,6 +30,11 @@ class WorkerMetrics:
         )
         self.engine = Info("baton_engine", "The engine, and what it was started with", registry=self.registry)
         self.jobs = Gauge("baton_worker_jobs", "Jobs running on this worker", registry=self.registry)
+        self.orphaned_jobs = Counter(
+            "baton_orphaned_jobs",
+            "Jobs stopped because the gateway that had asked for them died",
+            registry=self.registry,
+        )
         self.running = Gauge("baton_engine_running", "Sequences in the engine's batch", registry=self.registry)
         self.waiting = Gauge("baton_engine_waiting", "Requests in the engine's queue", registry=self.registry)
         self.kv_usage = Gauge("baton_engine_kv_usage", "Share of the engine's KV pages in use", registry=self.registry)

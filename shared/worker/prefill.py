@@ -38,7 +38,7 @@ class PrefillHandler:
             with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
                 span.set_attribute("baton.worker", context.id)
                 span.set_attribute("baton.prompt_tokens", tokens)
-                return await context.jobs.run((job.request, job.attempt), self._run(job))
+                return await context.jobs.run((job.request, job.attempt), self._run(job), job.gateway)
         except KvMemory:
             return wire.Busy(reason=KvMemory.code, backlog=context.backlog())
         finally:

@@ -38,7 +38,7 @@ async def held(jobs: Jobs, request: str) -> tuple["asyncio.Task[None]", asyncio.
         begun.set()
         await end.wait()
 
-    task = asyncio.create_task(jobs.run((request, 0), work()))
+    task = asyncio.create_task(jobs.run((request, 0), work(), "gateway-0"))
     await begun.wait()
     return task, end
 
@@ -61,3 +61,17 @@ async def test_a_cancel_is_told_as_one() -> None:
     with pytest.raises(BatonError) as stopped:
         await task
     assert isinstance(stopped.value, Cancelled)
+
+
+async def test_the_jobs_of_a_dead_gateway_are_stopped_and_no_others() -> None:
+    jobs = Jobs()
+    task, _ = await held(jobs, "r")
+    end = asyncio.Event()
+    other = jobs.spawn(("other", 0), end.wait(), "gateway-1")
+    assert jobs.abandon("gateway-0") == 1
+    with pytest.raises(Cancelled):
+        await task
+    assert len(jobs) == 1
+    end.set()
+    assert await other
+    assert jobs.abandon("gateway-1") == 0
