@@ -19,9 +19,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, free_port, read_metrics, running_cluster
-from tests.support.exact import MAX_LEN, MODEL, arguments, assert_idle, engine_options, greedy, prompt_of
-from tests.support.sensitive_model import make_sensitive_model
+from tests.support.cluster import Cluster, free_port, read_metrics
+from tests.support.exact import MODEL, arguments, assert_idle, exact_cluster, greedy, prompt_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -34,17 +33,12 @@ SETTLE_S = 30
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = make_sensitive_model(tmp_path_factory.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
-    with running_cluster(
-        tmp_path_factory.mktemp("home"),
-        f"--model={model}",
-        f"--served-model-name={MODEL}",
-        "--arrangement=split",
+    with exact_cluster(
+        tmp_path_factory,
         "--prefill=2",
         "--decode=2",
         "--kv-gib=0.06",
         "--arena-gib=0.1",
-        *engine_options(),
     ) as cluster:
         yield cluster
 

@@ -7,27 +7,23 @@ worker with real vLLM; each test leaves the cluster whole again, because the lau
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster
 from tests.support.disturbed import until, whole_again
 from tests.support.exact import (
-    MAX_LEN,
-    MODEL,
     arguments,
     assert_idle,
     complete,
-    engine_options,
+    exact_cluster,
     greedy,
     prompt_of,
     token_ids,
 )
-from tests.support.sensitive_model import make_sensitive_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -42,16 +38,12 @@ SMALL_STEPS = {"max_num_batched_tokens": 32}  # a prompt takes sixty steps: ther
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model: Path = make_sensitive_model(tmp_path_factory.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
-    with running_cluster(
-        tmp_path_factory.mktemp("home"),
-        f"--model={model}",
-        f"--served-model-name={MODEL}",
-        "--arrangement=split",
+    with exact_cluster(
+        tmp_path_factory,
         "--kv-gib=0.25",
         # Two prompts of maximum length: the store forgets the hand-offs' blocks before they are asked for again.
         "--arena-gib=0.017",
-        *engine_options(enable_prefix_caching=False, **SMALL_STEPS),
+        engine={"enable_prefix_caching": False, **SMALL_STEPS},
         BATON_DRAIN_S=str(DRAIN_S),
     ) as cluster:
         yield cluster

@@ -10,9 +10,15 @@ import openai
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, running_cluster
-from tests.support.exact import MAX_LEN, MODEL, arguments, assert_idle, complete, engine_options, greedy, prompt_of
-from tests.support.sensitive_model import make_sensitive_model
+from tests.support.cluster import Cluster
+from tests.support.exact import (
+    arguments,
+    assert_idle,
+    complete,
+    exact_cluster,
+    greedy,
+    prompt_of,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -24,16 +30,11 @@ BACK_S = 120
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model = make_sensitive_model(tmp_path_factory.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
-    with running_cluster(
-        tmp_path_factory.mktemp("home"),
-        f"--model={model}",
-        f"--served-model-name={MODEL}",
-        "--arrangement=split",
+    with exact_cluster(
+        tmp_path_factory,
         "--decode=2",
         "--kv-gib=0.1",
         "--arena-gib=0.2",
-        *engine_options(),
         BATON_DRAIN_S="0.1",  # shorter than any of the streams
     ) as cluster:
         yield cluster

@@ -6,23 +6,19 @@ And an arena too small for the load: requests wait their turn, none is wrong, no
 import asyncio
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster
 from tests.support.exact import (
-    MAX_LEN,
-    MODEL,
     assert_idle,
     complete,
-    engine_options,
+    exact_cluster,
     greedy,
     prompt_of,
     stream,
 )
-from tests.support.sensitive_model import make_sensitive_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -33,16 +29,12 @@ BACK_S = 90
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model: Path = make_sensitive_model(tmp_path_factory.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
-    with running_cluster(
-        tmp_path_factory.mktemp("home"),
-        f"--model={model}",
-        f"--served-model-name={MODEL}",
-        "--arrangement=split",
+    with exact_cluster(
+        tmp_path_factory,
         "--kv-gib=0.25",
         # Two prompts of maximum length: the least that a store accepts.
         "--arena-gib=0.017",
-        *engine_options(enable_prefix_caching=False),
+        engine={"enable_prefix_caching": False},
     ) as cluster:
         yield cluster
 

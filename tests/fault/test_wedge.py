@@ -2,28 +2,24 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
 
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster
 from tests.support.disturbed import engine_core, metrics_page, until, whole_again
 from tests.support.exact import (
-    MAX_LEN,
-    MODEL,
     arguments,
     assert_idle,
     complete,
-    engine_options,
+    exact_cluster,
     greedy,
     prompt_of,
     stream,
     token_ids,
 )
-from tests.support.sensitive_model import make_sensitive_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -34,15 +30,11 @@ OUTPUT = 24
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    model: Path = make_sensitive_model(tmp_path_factory.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
-    with running_cluster(
-        tmp_path_factory.mktemp("home"),
-        f"--model={model}",
-        f"--served-model-name={MODEL}",
-        "--arrangement=split",
+    with exact_cluster(
+        tmp_path_factory,
         "--kv-gib=0.25",
         "--arena-gib=0.25",
-        *engine_options(enable_prefix_caching=False),
+        engine={"enable_prefix_caching": False},
         BATON_WEDGE_S=str(WEDGE_S),
     ) as cluster:
         yield cluster

@@ -6,9 +6,7 @@ import httpx
 import pytest
 
 from tests.support.gateway_cluster import Cluster, assert_nothing_left
-from tests.support.nats import nats_server
 from tests.support.running_gateway import MODEL
-from tests.support.tiny_tokenizer import make_folder
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hi"}
@@ -151,21 +149,10 @@ BODIES: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def nats_url(tmp_path_factory):
-    with nats_server(tmp_path_factory.mktemp("nats")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("models") / MODEL)
-
-
 @pytest.fixture
-async def asked(nats_url, model):
+async def asked(nats_url, tiny_model):
     """Sends bytes, checks the error's shape and that nobody was bothered, returns (status, error)."""
-    cluster = Cluster(nats_url, str(model))
+    cluster = Cluster(nats_url, str(tiny_model))
     cluster.settings = {"max_body_bytes": BODY_LIMIT}
     async with cluster.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
         workers = await cluster.add(running, "prefill-0", "decode-0")
@@ -218,9 +205,9 @@ async def test_a_body_over_the_limit(asked):
     assert (status, error["code"], error["param"]) == (413, "request_too_large", None)
 
 
-async def test_text_that_is_only_strange_is_served(nats_url, model):
+async def test_text_that_is_only_strange_is_served(nats_url, tiny_model):
     """NUL, combining marks, characters outside the BMP as a pair of escapes, and right-to-left text are text."""
-    cluster = Cluster(nats_url, str(model))
+    cluster = Cluster(nats_url, str(tiny_model))
     async with cluster.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
         (decode,) = await cluster.add(running, "decode-0")
         content = rb'{"model": "tiny", "max_tokens": 1, "prompt": "\u0000e\u0301\ud83d\ude00\u202e"}'

@@ -12,17 +12,10 @@ import httpx
 import pytest
 
 from tests.support.fake_workers import FakeWorker, Handoffs, Script
-from tests.support.nats import nats_server
 from tests.support.tiny_tokenizer import make_folder
 
 ROOT = Path(__file__).parents[2]
 START_S = 30.0
-
-
-@pytest.fixture(scope="module")
-def nats_url(tmp_path_factory):
-    with nats_server(tmp_path_factory.mktemp("nats")) as url:
-        yield url
 
 
 @pytest.fixture

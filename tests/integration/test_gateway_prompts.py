@@ -10,29 +10,8 @@ import pytest
 from shared import wire
 from shared.errors import EngineFailed
 from tests.support.fake_workers import Script
-from tests.support.gateway_cluster import Cluster, assert_nothing_left, receipt
-from tests.support.nats import nats_server
+from tests.support.gateway_cluster import assert_nothing_left, receipt
 from tests.support.running_gateway import MODEL
-from tests.support.tiny_tokenizer import make_folder
-
-
-@pytest.fixture(scope="module")
-def nats_url(tmp_path_factory):
-    with nats_server(tmp_path_factory.mktemp("nats")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("models") / MODEL)
-
-
-@pytest.fixture
-async def cluster(nats_url, model):
-    cluster = Cluster(nats_url, str(model))
-    yield cluster
-    for worker in cluster.workers.values():
-        await worker.die()
 
 
 async def events_of(running, **body) -> list[dict]:

@@ -1,12 +1,16 @@
 """What the tests of exactness share: engine settings, prompts, and completions whose token ids come back."""
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import openai
+import pytest
 
-from tests.support.cluster import Cluster
+from tests.support.cluster import Cluster, running_cluster
+from tests.support.sensitive_model import make_sensitive_model
 
 BLOCK = 32
 MAX_LEN = 2048
@@ -39,6 +43,24 @@ def tokens_of(text: str) -> list[int]:
 def engine_options(**more: Any) -> list[str]:
     """`baton up` options for these engine arguments."""
     return [f"--engine-arg={key}={json.dumps(value)}" for key, value in {**ENGINE, **more}.items()]
+
+
+@contextlib.contextmanager
+def exact_cluster(
+    folders: pytest.TempPathFactory, *options: str, engine: dict[str, Any] | None = None, **env: str
+) -> Iterator[Cluster]:
+    """A split cluster that serves the sensitive model. `engine`: arguments beyond ENGINE; `env`: settings."""
+    model = make_sensitive_model(folders.mktemp("model") / "sensitive", max_model_len=MAX_LEN)
+    with running_cluster(
+        folders.mktemp("home"),
+        f"--model={model}",
+        f"--served-model-name={MODEL}",
+        "--arrangement=split",
+        *options,
+        *engine_options(**(engine or {})),
+        **env,
+    ) as cluster:
+        yield cluster
 
 
 def arguments(prompt: str, params: dict[str, Any]) -> dict[str, Any]:
