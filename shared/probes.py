@@ -56,11 +56,17 @@ class Probes:
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def listen(host: str, port: int, *, setting: str) -> socket.socket:
-    """A bound socket, or a SettingsError that names the setting."""
+def listen(host: str, port: int, *, setting: str, shared: bool = False) -> socket.socket:
+    """A bound socket, or a SettingsError that names the setting.
+
+    `shared`: others of this user that ask for the same may have the port, too; the kernel spreads connections over
+    those that listen.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

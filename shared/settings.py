@@ -42,6 +42,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     served_model_name: str = ""  # default: the folder's name, or the id
     host: str = "127.0.0.1"
     port: Port = 8000
+    share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on its probe port, too
     arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto: shorter prompts are not split
     allow_anonymous: bool = False

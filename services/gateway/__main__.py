@@ -10,11 +10,15 @@ import logging
 import signal
 import socket
 import sys
+import time
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import uvicorn
 import uvloop
 
+from services.gateway import shared_port
 from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
@@ -24,7 +28,7 @@ from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
 from shared.errors import SettingsError
-from shared.probes import listen
+from shared.probes import Probes, listen
 from shared.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -73,7 +77,7 @@ async def serve(settings: GatewaySettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listener = listen(settings.host, settings.port, setting="port")
+    listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
         bus = await Bus.connect(settings.nats_url, f"gateway-{settings.id}")
@@ -93,6 +97,27 @@ async def serve(settings: GatewaySettings) -> None:
 
 async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
     settings = gateway.settings
+    server = _server(gateway)
+    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    async with _probes(gateway, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{probe_url}/metrics"))
+        if settings.share_port:
+            await shared_port.until_useful(gateway, stop)
+        # The service owns its signals, so uvicorn's own `serve` with its handlers is not used.
+        serving = tasks.create_task(server._serve([listener]))  # noqa: SLF001
+        gc.collect()
+        gc.freeze()  # what is here now stays for good
+        gc.set_threshold(*GC_THRESHOLD)
+        log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
+        await stop.wait()
+        await _drain(gateway, server, listener)
+        server.should_exit = True
+        await serving
+        watching.cancel()
+    log.info("stopped")
+
+
+def _server(gateway: Gateway) -> uvicorn.Server:
     config = uvicorn.Config(
         Front(gateway),
         log_config=None,
@@ -101,23 +126,30 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    server = uvicorn.Server(config)
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
-    async with asyncio.TaskGroup() as tasks:
-        # The service owns its signals, so uvicorn's own `serve` with its handlers is not used.
-        serving = tasks.create_task(server._serve([listener]))  # noqa: SLF001
-        watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{url}/metrics"))
-        gc.collect()
-        gc.freeze()  # what is here now stays for good
-        gc.set_threshold(*GC_THRESHOLD)
-        log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
-        await stop.wait()
-        log.info("draining, for at most %g s", settings.drain_s)
-        await gateway.drain(settings.drain_s)
-        server.should_exit = True
-        await serving
-        watching.cancel()
-    log.info("stopped")
+    return uvicorn.Server(config)
+
+
+@asynccontextmanager
+async def _probes(gateway: Gateway, stop: asyncio.Event, url: str) -> AsyncIterator[str]:
+    """Where to ask this gateway: on a port that it shares, anyone of them would answer."""
+    if not gateway.settings.share_port:
+        yield url
+        return
+    probes = Probes(gateway.metrics.registry, lambda: "draining" if stop.is_set() else gateway.not_ready())
+    await probes.start(gateway.settings.probe_host, gateway.settings.probe_port)
+    try:
+        yield probes.url
+    finally:
+        await probes.close()
+
+
+async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.socket) -> None:
+    settings = gateway.settings
+    log.info("draining, for at most %g s", settings.drain_s)
+    ends_at = time.monotonic() + settings.drain_s
+    if settings.share_port:
+        await shared_port.leave(server, listener, settings.drain_s)
+    await gateway.drain(ends_at - time.monotonic())
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class Cluster:
         async with self._ticking():
             for roles in self._tiers():
                 await self._bring_up([process for process in self._plan.processes if process.role in roles])
-        self._served = True
+        self._served = self.record.started = True
+        self._folder.write(self.record)
 
     async def keep(self) -> None:
         """Start again whatever ends, with back-off. Runs until cancelled."""

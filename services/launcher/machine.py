@@ -66,6 +66,23 @@ def port_taken(host: str, port: int) -> str | None:
     return None
 
 
+def hold_port(host: str, port: int) -> socket.socket:
+    """Keep a port for processes of this user that share it, as long as this socket is open. Raises OSError.
+
+    It never listens, so no connection comes here; and who does not ask to share is refused, also while none of the
+    processes runs.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    holder = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind((host, port))
+    except OSError:
+        holder.close()
+        raise
+    return holder
+
+
 def _memory() -> tuple[int, int]:
     """Total and available bytes, of the machine or of the container's limit."""
     machine = psutil.virtual_memory()

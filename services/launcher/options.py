@@ -17,12 +17,16 @@ DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 DEMO_NAME = "baton-demo"
 DEFAULT_PORT = 8000
 # The launcher gives every process its own; one value from the shell for all of them could only break the cluster.
-OWN_KEYS = frozenset({"cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "kv_socket"})
+OWN_KEYS = frozenset(
+    {"cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "share_port", "kv_socket"}
+)
+MOST_GATEWAYS = 64
 
 
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int = 1
     decode: int = 1
+    gateways: int = 1
     arrangement: str = "auto"
     model: str = str(DEMO_MODEL)
     revision: str = ""
@@ -82,6 +86,8 @@ def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions
         raise Refusal("--decode must be at least 1: decode workers produce the output")
     if options.prefill < 0 or (options.prefill < 1 and options.arrangement == "split"):
         raise Refusal("--prefill must be at least 1 with --arrangement split, and never negative")
+    if not 1 <= options.gateways <= MOST_GATEWAYS:
+        raise Refusal(f"--gateways must be between 1 and {MOST_GATEWAYS}, not {options.gateways}")
     return options
 
 
@@ -132,7 +138,7 @@ def _add_up_flags(command: argparse.ArgumentParser) -> None:
     add("--prefill", type=int, metavar="N", help="prefill workers (default 1)")
     add("--decode", type=int, metavar="N", help="decode workers (default 1)")
     add("--nodes", type=int, default=1, metavar="N", help="1: more nodes are not supported yet")
-    add("--gateways", type=int, default=1, metavar="N", help="1: more gateways are not supported yet")
+    add("--gateways", type=int, metavar="N", help="gateway processes on the one port (default 1)")
     add("--arrangement", choices=("auto", "split", "unsplit"), help="who computes prompts (default auto)")
     add("--model", metavar="PATH", help="a Hugging Face model folder or ORG/NAME (default: the demo model)")
     add("--served-model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
@@ -164,11 +170,8 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
 
 
 def _refuse_what_comes_later(flags: argparse.Namespace) -> None:
-    for flag, what in (("nodes", "nodes"), ("gateways", "gateways")):
-        if getattr(flags, flag) != 1:
-            raise Refusal(
-                f"--{flag} {getattr(flags, flag)}: only 1 is supported; more {what} come with a later version"
-            )
+    if flags.nodes != 1:
+        raise Refusal(f"--nodes {flags.nodes}: only 1 is supported; more nodes come with a later version")
 
 
 def _engine_args(given: Any, flags: Sequence[str]) -> dict[str, Any]:

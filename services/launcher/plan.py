@@ -21,6 +21,7 @@ SIM_BLOCK_BYTES = 256  # of the sim's own book-keeping
 SLOT_WORD_BYTES = 8  # beside each slot
 LEAST_ARENA_BYTES = 1024**2
 SERVICE_BYTES = GIB // 2  # gateway, kv_transfer, Redis and NATS together
+GATEWAY_BYTES = 160 * 1024**2  # of each further gateway; measured: 62 MiB idle, with a small vocabulary
 ARENA_BYTES = 2 * GIB
 ARENA_SHARE = 0.1  # of memory
 SMALL_KV_BYTES = GIB // 2
@@ -74,7 +75,8 @@ class Rooms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ports_needed(options: UpOptions) -> int:
-    return 2 + options.prefill + options.decode  # NATS, kv_transfer, workers
+    own = options.gateways if options.gateways > 1 else 0  # one alone is asked where everybody asks it
+    return 2 + options.prefill + options.decode + own  # NATS, kv_transfer, workers, gateways
 
 
 def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs, place: Place) -> Plan:
@@ -106,8 +108,8 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
     address = f"http://{_reachable(options.host)}:{options.port}"
     services = [
         _service("kv", "kv-0", given, programs, probe_port=probe_ports[0]),
-        *_workers(options, machine, given, programs, probe_ports[1:]),
-        _service("gateway", "gateway-0", given, programs, probe_url=address),
+        *_workers(options, machine, given, programs, probe_ports[1 : 1 + options.prefill + options.decode]),
+        *_gateways(options, given, programs, address, probe_ports[1 + options.prefill + options.decode :]),
     ]
     return Plan(
         cluster=given["cluster"],
@@ -167,6 +169,15 @@ def _workers(
         environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         processes.append(_service(role, worker_id, values, programs, probe_port=port, environ=environ))
     return processes
+
+
+def _gateways(
+    options: UpOptions, given: Mapping[str, Any], programs: Programs, address: str, ports: Sequence[int]
+) -> list[Process]:
+    if options.gateways == 1:
+        return [_service("gateway", "gateway-0", given, programs, probe_url=address)]
+    shared = {**given, "share_port": True}
+    return [_service("gateway", f"gateway-{n}", shared, programs, probe_port=port) for n, port in enumerate(ports)]
 
 
 def core_shares(machine: Machine, workers: int) -> list[str]:
@@ -242,7 +253,8 @@ def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
         kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
     weights = 0 if machine.gpus else model.weights_bytes
     workers = options.prefill + options.decode
-    return Rooms(arena=arena, kv=kv, total=workers * (WORKER_BYTES + weights + kv) + arena + SERVICE_BYTES)
+    total = workers * (WORKER_BYTES + weights + kv) + arena + _service_bytes(options)
+    return Rooms(arena=arena, kv=kv, total=total)
 
 
 def _sim_rooms(options: UpOptions, machine: Machine) -> Rooms:
@@ -256,11 +268,17 @@ def _sim_rooms(options: UpOptions, machine: Machine) -> Rooms:
     kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
     pages = kv // shape.block_bytes * (shape.slot_bytes + SIM_BLOCK_BYTES)
     workers = options.prefill + options.decode
-    return Rooms(arena=arena, kv=kv, total=workers * (SIM_WORKER_BYTES + pages) + arena + SERVICE_BYTES)
+    total = workers * (SIM_WORKER_BYTES + pages) + arena + _service_bytes(options)
+    return Rooms(arena=arena, kv=kv, total=total)
+
+
+def _service_bytes(options: UpOptions) -> int:
+    return SERVICE_BYTES + (options.gateways - 1) * GATEWAY_BYTES
 
 
 def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms) -> None:
     shorter = "use a shorter --engine-arg max_model_len=N"
+    what = "workers" if options.gateways == 1 else "workers or gateways"
     if rooms.arena > machine.free_shm_bytes:
         raise Refusal(
             f"shared memory has {_gib(machine.free_shm_bytes)} free in {options.shm_dir} and the KV arena needs "
@@ -269,7 +287,7 @@ def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms
     if rooms.total > machine.free_memory_bytes:
         raise Refusal(
             f"this needs about {_gib(rooms.total)} of memory and {_gib(machine.free_memory_bytes)} is free: "
-            f"start fewer workers, pass a smaller --kv-gib or --arena-gib, or {shorter}"
+            f"start fewer {what}, pass a smaller --kv-gib or --arena-gib, or {shorter}"
         )
 
 

@@ -36,6 +36,7 @@ class ClusterRecord(msgspec.Struct, kw_only=True):
     run_folder: str
     shm_dir: str
     nats_url: str
+    started: bool = False  # every process has been ready
     services: list[ServiceRecord]
 
 

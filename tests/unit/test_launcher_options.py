@@ -57,6 +57,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) ->
     [
         ({"BATON_PREFIL": "2"}, "unknown setting BATON_PREFIL"),
         ({"BATON_NATS_URL": "nats://x"}, "BATON_NATS_URL is set by the launcher"),
+        ({"BATON_SHARE_PORT": "true"}, "BATON_SHARE_PORT is set by the launcher"),
         ({"BATON_CONFIG": "/nowhere.yaml"}, "cannot read /nowhere.yaml"),
         ({"BATON_ENGINE_ARGS": "[1]"}, "must be a JSON object"),
         ({"BATON_KV_GIB": "much"}, "wrong value"),
@@ -71,7 +72,9 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], words: str)
     ("argv", "words"),
     [
         (["--nodes", "2"], "--nodes 2: only 1"),
-        (["--gateways", "3"], "--gateways 3: only 1"),
+        (["--gateways", "0"], "--gateways must be between 1 and 64, not 0"),
+        (["--gateways", "65"], "--gateways must be between 1 and 64, not 65"),
+        (["--gateways", "many"], "invalid int value"),
         (["--engine", "real"], "invalid choice"),
         (["--sim-speed", "2"], "--sim-speed is for the sim engine: add --engine sim"),
         (["--engine", "vllm", "--sim-kv", "off"], "--sim-kv is for the sim engine"),
@@ -95,6 +98,11 @@ def test_what_is_not_offered_is_refused_in_one_line(argv: list[str], words: str)
 
 def test_no_prefill_workers_are_fine_when_nothing_must_be_split() -> None:
     assert resolve("--prefill", "0", "--arrangement", "unsplit").prefill == 0
+
+
+@pytest.mark.parametrize(("argv", "gateways"), [([], 1), (["--gateways", "1"], 1), (["--gateways", "64"], 64)])
+def test_gateways_are_counted(argv: list[str], gateways: int) -> None:
+    assert resolve(*argv).gateways == gateways
 
 
 def test_the_sim_engine_has_a_speed_up_to_infinity(tmp_path: Path) -> None:

@@ -38,6 +38,36 @@ def test_a_plan_holds_every_process_with_an_address_of_its_own() -> None:
     assert {process.node for process in made.processes if process.role in ("kv", "prefill", "decode")} == {"node-0"}
 
 
+def test_gateways_share_the_port_and_are_asked_one_by_one() -> None:
+    made = make(UpOptions(prefill=2, gateways=3))
+    gateways = [process for process in made.processes if process.role == "gateway"]
+    assert [gateway.id for gateway in gateways] == ["gateway-0", "gateway-1", "gateway-2"]
+    probes = [process.probe_url for process in made.processes if process.probe_url]
+    assert len(set(probes)) == len(probes) == 7
+    assert made.address == "http://127.0.0.1:8000"
+    assert made.address not in probes
+    for gateway in gateways:
+        settings = msgspec.structs.asdict(resolved(gateway))
+        assert (settings["port"], settings["share_port"]) == (8000, True)
+        assert gateway.probe_url == f"http://127.0.0.1:{settings['probe_port']}"
+
+
+def test_one_gateway_has_its_port_for_itself() -> None:
+    settings = msgspec.structs.asdict(resolved(one(make(), "gateway-0")))
+    assert (settings["share_port"], settings["probe_port"]) == (False, 0)
+    assert ports_needed(UpOptions()) == 4
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sim"])
+def test_gateways_take_memory(engine: str) -> None:
+    needed = 3 * GIB + (GIB if engine == "vllm" else 0)
+    little = msgspec.structs.replace(LAPTOP, free_memory_bytes=needed + 2 * GIB)
+    options = UpOptions(engine=engine, arena_gib=0.1, kv_gib=0.1)
+    make(options, machine=little)
+    with pytest.raises(Refusal, match="start fewer workers or gateways"):
+        make(msgspec.structs.replace(options, gateways=64), machine=little)
+
+
 def test_every_service_reads_the_settings_that_were_planned() -> None:
     made = make(UpOptions(engine_args={"dtype": "float32"}, given={"queue_s": "3", "lease_s": 60}, port=8123))
     gateway, worker, kv = (

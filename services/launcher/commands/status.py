@@ -37,10 +37,11 @@ async def _look(record: ClusterRecord) -> dict[str, Any]:
     services = [
         _service(service, state, beats.get(service.id)) for service, state in zip(record.services, states, strict=True)
     ]
+    gateways = [service["state"] == "ready" for service in services if service["role"] == "gateway"]
     return {
-        # A path through the cluster is the gateway's to judge; without a launcher nobody looks after it.
-        "ready": any(service["role"] == "gateway" and service["state"] == "ready" for service in services)
-        and lives(record.pid, record.born),
+        # A path through the cluster is the gateway's to judge; without a launcher nobody looks after it. While a
+        # cluster starts all gateways count; later one that is started again leaves the address to the others.
+        "ready": (any if record.started else all)(gateways) and lives(record.pid, record.born),
         "address": record.address,
         "model": record.model,
         "model_path": record.model_path,

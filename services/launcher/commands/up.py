@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import httpx
 from services.launcher import detach
 from services.launcher.cluster import Cluster
 from services.launcher.health import probe_client
-from services.launcher.machine import free_ports, port_taken, read_machine
+from services.launcher.machine import free_ports, hold_port, port_taken, read_machine
 from services.launcher.model import read_model
 from services.launcher.options import UpOptions
 from services.launcher.plan import Place, Plan, Programs, plan, ports_needed
@@ -49,10 +49,31 @@ def _launch(options: UpOptions, folder: ClusterFolder, programs: Programs, annou
         )
     if (left := folder.read()) is not None:
         print(f"Cleaning up after a launcher that was killed ({sweep(folder, left)} processes were left).")
+    with _own_port(options):
+        return _launch_there(options, folder, programs, announce)
+
+
+@contextlib.contextmanager
+def _own_port(options: UpOptions) -> Iterator[None]:
+    """Nobody else listens there; nor will, where the gateways could not notice because they share the port."""
     if (why := port_taken(options.host, options.port)) is not None:
-        raise Refusal(
-            f"cannot listen on {options.host}:{options.port} ({why}): stop who does, or choose another --port"
-        )
+        raise _taken(options, why)
+    if options.gateways == 1:
+        yield
+        return
+    try:
+        holder = hold_port(options.host, options.port)
+    except OSError as error:
+        raise _taken(options, error.strerror or str(error)) from error
+    with holder:
+        yield
+
+
+def _taken(options: UpOptions, why: str) -> Refusal:
+    return Refusal(f"cannot listen on {options.host}:{options.port} ({why}): stop who does, or choose another --port")
+
+
+def _launch_there(options: UpOptions, folder: ClusterFolder, programs: Programs, announce: detach.Announce) -> int:
     machine = read_machine(options.shm_dir)
     model = read_model(options.model, options.revision, with_weights=options.engine != "sim")
     for old_log in folder.logs.glob("*.log"):
@@ -155,7 +176,8 @@ async def _welcome(chosen: Plan, options: UpOptions, folder: ClusterFolder, took
 
 def _tiers(options: UpOptions) -> str:
     engine = f", sim engine at speed {options.sim_speed:g}" if options.engine == "sim" else ""
-    return f"{options.prefill} prefill, {options.decode} decode, arrangement {options.arrangement}{engine}"
+    gateways = f", {options.gateways} gateways" if options.gateways > 1 else ""
+    return f"{options.prefill} prefill, {options.decode} decode{gateways}, arrangement {options.arrangement}{engine}"
 
 
 def _passed_on(environ: Mapping[str, str]) -> dict[str, str]:
