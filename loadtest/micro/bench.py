@@ -3,6 +3,7 @@
 Invariant: what is started here ends here, on every way out, Ctrl-C included; nothing outside is needed or touched.
 """
 
+import argparse
 import asyncio
 import os
 import secrets
@@ -172,6 +173,26 @@ def measure(work: Callable[[], Awaitable[T]]) -> T | int:
     except (Failed, BatonError, OSError, EOFError) as error:
         print(f"failed: {error or type(error).__name__}", file=sys.stderr)
         return 1
+
+
+def command(
+    args: argparse.Namespace,
+    *,
+    refusal: str | None,
+    work: Callable[[], Awaitable[dict[str, Any]]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """A whole command: refuse or measure, print the table, write `--out`. Returns the exit code."""
+    if refusal is not None:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return REFUSED
+    found = measure(work)
+    if isinstance(found, int):
+        return found
+    print(table(found))
+    if args.out:
+        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    return 1 if found.get("errors") else 0
 
 
 def result(name: str, settings: dict[str, Any], **figures: object) -> dict[str, Any]:

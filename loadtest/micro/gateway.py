@@ -10,11 +10,9 @@ import asyncio
 import json
 import random
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import psutil
 from tokenizers import Tokenizer
 
@@ -54,16 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if (refusal := _refusal(args)) is not None:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 2
-    found = bench.measure(lambda: _measure(args))
-    if isinstance(found, int):
-        return found
-    print(gateway_table.text(found))
-    if args.out:
-        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
-    return 0 if not found["errors"] else 1
+    return bench.command(args, refusal=_refusal(args), work=lambda: _measure(args), table=gateway_table.text)
 
 
 def _refusal(args: argparse.Namespace) -> str | None:

@@ -6,14 +6,11 @@ is the median of the rounds, a ratio is taken within its round.
 
 import argparse
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from loadtest.cluster.stream import percentile
 from loadtest.micro import bench, kv_table, limits
@@ -50,16 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if (refusal := _refusal(args)) is not None:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 2
-    found = bench.measure(lambda: _measure(args))
-    if isinstance(found, int):
-        return found
-    print(kv_table.text(found))
-    if args.out:
-        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
-    return 0
+    return bench.command(args, refusal=_refusal(args), work=lambda: _measure(args), table=kv_table.text)
 
 
 def _refusal(args: argparse.Namespace) -> str | None:

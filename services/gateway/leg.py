@@ -25,7 +25,7 @@ from shared.errors import BatonError, Refused, Timeout, WorkerLost
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 4  # decode jobs lost before the first token
+MAX_ATTEMPTS = 4  # decode jobs lost, resumed streams included
 MAX_BUSY = 3  # refusals by workers that looked free
 RESERVE_S = 30.0  # a worker answers Busy well before
 
@@ -57,13 +57,12 @@ class Leg:
         self._gateway = gateway
         self._original = load
         self._load = load  # of this attempt
-        self._prompt_tokens = len(load.tokens)
         self._sent = Sent()
         self._course = course
         self._receipt = receipt
         self._began = began
         self._wish = Wish(
-            tokens=self._prompt_tokens, whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
+            tokens=len(load.tokens), whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
         )
         self._tries = Tries()
         self._resumable = is_resumable(load.sampling)
@@ -249,10 +248,11 @@ class Leg:
         else:
             cached = decode.loaded_tokens + decode.engine_cached_tokens
         # The last prompt token is always computed: it gives the first token's logits.
-        cached = min(max(0, cached), self._prompt_tokens - 1)
+        prompt = len(self._original.tokens)
+        cached = min(max(0, cached), prompt - 1)
         self._receipt.cached_tokens = cached
         completion = self._sent.count if self._resumable else decode.completion_tokens or stream.tokens
-        return Usage(prompt=self._prompt_tokens, completion=completion, cached=cached)
+        return Usage(prompt=prompt, completion=completion, cached=cached)
 
     def _left_s(self) -> float:
         return max(0.1, self._gateway.settings.request_s - (time.monotonic() - self._began))

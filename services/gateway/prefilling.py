@@ -122,6 +122,6 @@ class Prefilling:
         """The first worker's charge came with the seat."""
         charge = self._seat.charges.get(worker)
         if charge is None or not charge.open:
-            charge = self._gateway.fleet.charge(worker, jobs=1, tokens=len(self._job.tokens) // 4)
+            charge = self._gateway.fleet.charge(worker, jobs=1, tokens=len(self._job.tokens) // wire.TOKEN_BYTES)
             self._seat.charges[worker] = charge
         return charge

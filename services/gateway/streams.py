@@ -113,7 +113,7 @@ class Stream:
         self._watched_since = now
         self._due_at = None
         self._rows.append(row)
-        self.tokens += len(row.tokens) // 4
+        self.tokens += len(row.tokens) // wire.TOKEN_BYTES
         if usage is not None:
             self.usage = usage
         if row.finish is not None:

@@ -89,7 +89,7 @@ class _Run:
         self._job = job
         self._stream = stream
         self._accepted = accepted
-        self._tokens = len(job.tokens) // 4
+        self._tokens = len(job.tokens) // wire.TOKEN_BYTES
         self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
         self._recomputed = 0
 

@@ -32,7 +32,7 @@ class PrefillHandler:
         if context.draining or self._running >= self._limit:
             return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
         self._running += 1
-        tokens = len(job.tokens) // 4
+        tokens = len(job.tokens) // wire.TOKEN_BYTES
         context.queued_tokens += tokens
         try:
             with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
@@ -62,7 +62,7 @@ class PrefillHandler:
         take_from = job.lease if job.node == context.node else ""
         async with held(context, job.request, job.attempt, keys, write=True, take_from=take_from) as (lease, slots):
             hits = leading(slots.committed)
-            cached = min(hits * geometry.block_size, len(job.tokens) // 4)
+            cached = min(hits * geometry.block_size, len(job.tokens) // wire.TOKEN_BYTES)
             if hits < len(keys):
                 plan = KvPlan(
                     arena=attached.arena,

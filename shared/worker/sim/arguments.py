@@ -15,7 +15,7 @@ from shared.worker.sim.pages import DIGEST_BYTES, WORD_BYTES
 from shared.worker.sim.profile import Profile, load_profile
 
 DEFAULT_PROFILE = "llama2-70b-h100"
-TOKEN_BYTES = 2048
+KV_BYTES_PER_TOKEN = 2048
 TRUE_SIZE = "true"  # also as JSON's true, which is what `--engine-arg kv_bytes_per_token=true` becomes
 
 
@@ -28,7 +28,7 @@ class SimArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
     enable_prefix_caching: bool = True
-    kv_bytes_per_token: int | bool | str = TOKEN_BYTES
+    kv_bytes_per_token: int | bool | str = KV_BYTES_PER_TOKEN
 
 
 class SimShape(msgspec.Struct, frozen=True, kw_only=True):
