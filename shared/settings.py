@@ -81,6 +81,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     max_requests: Count = 4096  # in flight or queued in this gateway
     max_queued_tokens: Count = 2_000_000  # prompt tokens waiting in this gateway
     queue_s: Positive = 30.0  # how long a request may wait for a worker, whatever its target
+    index_s: Positive = 0.05  # how long the prefix index may take to answer
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes

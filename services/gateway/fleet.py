@@ -160,6 +160,18 @@ class Fleet:
             self._speeds[itl_s] = (now, speeds)
         return speeds
 
+    def shape(self) -> tuple[int, str] | None:
+        """(block size, fingerprint) of the KV that is handed over; None: nobody has said."""
+        for worker in self._workers.values():
+            if worker.beat.fingerprint and worker.beat.block_size and "decode" in worker.beat.takes:
+                return worker.beat.block_size, worker.beat.fingerprint
+        return None
+
+    def prompt_s(self, tokens: int) -> float:
+        """What so many take to compute, at the fastest; 0: not known."""
+        fastest = max((worker.beat.prefill_tokens_per_s for worker in self._workers.values()), default=0.0)
+        return tokens / fastest if fastest else 0.0
+
     def lines_elsewhere(self, now: float) -> tuple[int, int]:
         """(prompts, tokens) that wait at other gateways."""
         lines = [line for heard_at, line in self._lines.values() if now - heard_at < QUIET_S]

@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
+from redis.asyncio import Redis
+
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
+from services.gateway.prefixes import Prefixes
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
 from shared import subjects, wire
@@ -52,6 +55,7 @@ class Gateway:
         *,
         bus: Bus,
         tokenizer: ChatTokenizer,
+        redis: Redis,
         metrics: Metrics,
         chores: Chores,
     ) -> None:
@@ -65,6 +69,9 @@ class Gateway:
         self.fleet.on_change(self._fleet_changed)
         self.seating = Seating(settings, self.fleet)
         self.queue = self.seating.queue
+        self.prefixes = Prefixes(
+            redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
+        )
         self.streams = Streams(self.cancel)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place

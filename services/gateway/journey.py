@@ -38,6 +38,8 @@ class Asked:
     body: Body
     prompts: list[Prompt]
     limits: list[int]  # how many tokens each may be answered with
+    packed: list[bytes]
+    hits: list[dict[str, int]]  # node -> leading tokens of each whose KV it holds
 
 
 class Journey:
@@ -136,7 +138,9 @@ class Journey:
                 response_id=self._response_id(),
             )
         )
-        return Asked(body=body, prompts=list(prompts.values()), limits=limits)
+        packed = [wire.pack_tokens(tokens) for tokens in named.values()]
+        hits = [await gateway.prefixes.hits(tokens) for tokens in packed]
+        return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, hits=hits)
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
         """Every prompt as token ids, by the parameter that an error would name."""
@@ -178,15 +182,17 @@ class Journey:
             Load(
                 id=f"{id_}-{index}" if many else id_,
                 tokens=prompt.tokens,
-                packed=wire.pack_tokens(prompt.tokens),
+                packed=packed,
                 sampling=body.sampling(max(1, limit)),
                 first_choice=index * (body.n or 1),
             )
-            for index, (prompt, limit) in enumerate(zip(asked.prompts, asked.limits, strict=True))
+            for index, (prompt, packed, limit) in enumerate(zip(asked.prompts, asked.packed, asked.limits, strict=True))
         ]
-        parts = zip(loads, self._courses, self._exchange.receipts, strict=True)
-        who = {"tier": self._tier, "tenant": TENANT}
-        return [Leg(self._gateway, load, course, receipt, self._began, **who) for load, course, receipt in parts]
+        parts = zip(loads, asked.hits, self._courses, self._exchange.receipts, strict=True)
+        return [
+            Leg(self._gateway, load, course, receipt, began=self._began, tier=self._tier, tenant=TENANT, hits=hits)
+            for load, hits, course, receipt in parts
+        ]
 
     # ---- 4 to 8 are in leg.py; 9: the end ------------------------------------------------------------------
 

@@ -54,7 +54,16 @@ class Leg:
     """Create one a prompt and `run` it once."""
 
     def __init__(
-        self, gateway: Gateway, load: Load, course: Course, receipt: Receipt, began: float, *, tier: str, tenant: str
+        self,
+        gateway: Gateway,
+        load: Load,
+        course: Course,
+        receipt: Receipt,
+        *,
+        began: float,
+        tier: str,
+        tenant: str,
+        hits: dict[str, int],
     ) -> None:
         self._gateway = gateway
         self._tier = tier
@@ -69,6 +78,7 @@ class Leg:
             tokens=len(load.tokens),
             output=round(min(load.sampling.max_tokens, gateway.fleet.expected_output)) * load.sampling.n,
             whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs",
+            hits=hits,
         )
         self._entered = began  # when it came in line first
         self._first: Waiting | None = None  # as it did
@@ -111,7 +121,7 @@ class Leg:
         waiting = Waiting(
             tier=self._tier,
             tenant=self._tenant,
-            tokens=self._wish.tokens,
+            tokens=self._wish.uncached,
             deadline=self._began + target.ttft_s,
             urgent=tries.lost > 0,
             wish=self._wish,

@@ -40,6 +40,10 @@ class Metrics:
         self._retries = Counter("baton_retries_total", "Jobs given to another worker", ("phase",), registry=own)
         for phase in ("prefill", "decode", "resume"):
             self._retries.labels(phase)
+        index_failures = Counter(
+            "baton_prefix_index_failures_total", "Look-ups that Redis did not answer", registry=own
+        )
+        self.index_failed = index_failures.inc
         self._first = Histogram(
             "baton_time_to_first_token_seconds", "From the request's first byte", buckets=LATENCIES, registry=own
         )

@@ -15,6 +15,7 @@ from random import Random
 
 AHEAD_S = 0.05  # far above the way from "done" here to the next prompt there, far below any target
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
+LOOK_FOR = 32  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same
 TIE_S = 0.001
 
@@ -41,16 +42,6 @@ class Candidate:
     load_token_s: float = 0.0  # and for each token of the prompt
     kv_free: float = inf  # tokens that the engine's KV cache has room for
 
-    @property
-    def is_idle(self) -> bool:
-        return self.load == 0
-
-    def prompt_cost_s(self, tokens: int) -> float:
-        return self.prompt_s + self.token_s * tokens
-
-    def load_cost_s(self, tokens: int) -> float:
-        return self.load_s + self.load_token_s * tokens
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
@@ -61,8 +52,10 @@ class Wish:
     whole: str = ""  # why one worker must do it all: prompt_logprobs, or prefill_failed after an attempt
     hits: Mapping[str, int] = field(default_factory=dict)  # node -> leading tokens whose KV it holds
 
-    def uncached(self, node: str) -> int:
-        return self.tokens - self.hits.get(node, 0) if self.hits else self.tokens
+    @property
+    def uncached(self) -> int:
+        """Tokens to compute where most of it is held; the last one always is."""
+        return max(1, self.tokens - max(self.hits.values(), default=0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +175,10 @@ def other_prefiller(pools: Pools, decode: str, *, avoid: Collection[str], random
     return best.id if best else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Choice:
+    """One placement in the making. What it calls for every worker is kept flat: it is most of a placement's cost."""
+
     pools: Pools
     wish: Wish
     rules: Rules
@@ -206,19 +201,19 @@ class _Choice:
 
     def whole(self, reason: str, *, gently: bool) -> Placement | None:
         """The soonest worker for everything. `gently`: only where it holds up no stream beyond its target."""
-        least_loaded = self.rules.strategy == "least_loaded"
+        gently = gently and self.rules.strategy == "predicted"
+        itl_s = self.rules.itl_s
 
         def able(one: Candidate) -> bool:
             if not (self._begins_soon(one) and self._can_decode(one)):
                 return False
-            if not gently or least_loaded or one.is_idle:
-                return True
-            return one.step_s + one.prompt_cost_s(self.wish.uncached(one.node)) <= self.rules.itl_s
+            return not gently or one.load == 0 or one.step_s + self._prompt_s(one) <= itl_s
 
         def ttft_s(one: Candidate) -> float:
             return max(self._prefill_s(one), one.sequence_s)
 
-        decode = _best(self._look(self.pools.with_room("decode"), able), self._score(ttft_s), self.random)
+        able_ones = self._look(self.pools.with_room("decode"), able, LOOK_FOR if gently else None)
+        decode = _best(able_ones, self._score(ttft_s), self.random)
         if decode is None:
             return None
         return Placement(
@@ -235,7 +230,8 @@ class _Choice:
             return _fit(prefill, one) and self._can_decode(one)
 
         def ttft_s(one: Candidate) -> float:
-            return max(prefill_s, one.sequence_s) + one.load_cost_s(tokens)
+            begins_s = max(prefill_s, one.sequence_s)
+            return begins_s + one.load_s + one.load_token_s * tokens
 
         decode = _best(self._look(self.pools.with_room("decode"), able), self._score(ttft_s), self.random)
         if decode is None:
@@ -247,11 +243,14 @@ class _Choice:
             predicted_ttft_s=ttft_s(decode) if prefill.token_s else None,
         )
 
-    def _look(self, pool: Sequence[Candidate], able: Callable[[Candidate], bool]) -> list[Candidate]:
-        """A few who are able, from a random one on: all of them where they are few."""
+    def _look(
+        self, pool: Sequence[Candidate], able: Callable[[Candidate], bool], most: int | None = None
+    ) -> list[Candidate]:
+        """A few who are able, from a random one on: all of them where they are few. `most`: not asked more."""
         found: list[Candidate] = []
         first = int(self.random.random() * len(pool))
-        for index in range(first - len(pool), first):
+        start = first - len(pool)
+        for index in range(start, first if most is None else min(first, start + most)):
             one = pool[index]
             if one.id not in self.avoid and able(one):
                 found.append(one)
@@ -263,14 +262,19 @@ class _Choice:
         return (lambda one: one.load) if self.rules.strategy == "least_loaded" else ttft_s
 
     def _prefill_s(self, one: Candidate) -> float:
-        return max(0.0, one.begins_at - self.now) + one.prompt_cost_s(self.wish.uncached(one.node))
+        ahead_s = one.begins_at - self.now
+        return self._prompt_s(one) + (ahead_s if ahead_s > 0 else 0.0)
+
+    def _prompt_s(self, one: Candidate) -> float:
+        wish = self.wish
+        return one.prompt_s + one.token_s * (wish.tokens - wish.hits.get(one.node, 0) if wish.hits else wish.tokens)
 
     def _begins_soon(self, one: Candidate) -> bool:
         return one.begins_at - self.now < AHEAD_S or self.rules.strategy == "least_loaded"
 
     def _can_decode(self, one: Candidate) -> bool:
         """Within the others' target, and with memory for this one's output. One that does nothing else always can."""
-        if one.is_idle or self.rules.strategy == "least_loaded":
+        if one.load == 0 or self.rules.strategy == "least_loaded":
             return True
         return one.step_s <= self.rules.itl_s and self.wish.tokens + self.wish.output <= one.kv_free
 

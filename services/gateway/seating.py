@@ -122,7 +122,7 @@ class Seating:
         if placement.predicted_ttft_s is not None:
             self._judge(waiting, placement.predicted_ttft_s, now)
         waiting.fresh = False
-        return Seat(placement, self._charges(placement, waiting.wish.tokens, now))
+        return Seat(placement, self._charges(placement, waiting.tokens, now))
 
     def _charges(self, placement: Placement, tokens: int, now: float) -> dict[str, Charge]:
         whole, fleet = placement.prefill is None, self._fleet

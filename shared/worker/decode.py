@@ -99,7 +99,8 @@ class _Run:
         try:
             slots = await self._reserve()
             if not self._job.prefill:
-                context.prompts.begin(self._key, self._tokens, time.monotonic())
+                held = 0 if slots is None else self._covered(leading(slots.committed))
+                context.prompts.begin(self._key, self._tokens - held, time.monotonic())
             self._accept(slots)
             context.kv_promised += self._tokens
             try:

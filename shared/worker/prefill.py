@@ -73,7 +73,7 @@ class PrefillHandler:
                     save=True,
                     write=[not committed for committed in slots.committed],
                 )
-                cached = await self._engine(job, plan)
+                cached = await self._engine(job, plan, cached)
                 ready = await context.kv.wait(lease, timeout_s=0)
                 if not ready.complete:
                     raise KvLost("the prompt was computed, but not all of its blocks reached the store")
@@ -82,8 +82,8 @@ class PrefillHandler:
             request=job.request, attempt=job.attempt, cached_tokens=cached, backlog=context.backlog()
         )
 
-    async def _engine(self, job: wire.PrefillJob, plan: KvPlan) -> int:
-        """Returns the prompt tokens that were not computed."""
+    async def _engine(self, job: wire.PrefillJob, plan: KvPlan, held: int) -> int:
+        """Returns the prompt tokens that were not computed; `held`: those that the store has."""
         context = self._context
         key, tokens = (job.request, job.attempt), wire.unpack_tokens(job.tokens)
         request = EngineRequest(
@@ -95,7 +95,7 @@ class PrefillHandler:
             priority=job.priority,
         )
         cached = 0
-        context.prompts.begin(key, len(tokens), time.monotonic())  # again: waiting for slots was no work
+        context.prompts.begin(key, len(tokens) - held, time.monotonic())  # again: waiting for slots was no work
         async with aclosing(context.engine.generate(request)) as deltas:
             async for delta in deltas:
                 cached = max(cached, delta.cached_tokens)

@@ -220,7 +220,7 @@ def test_whoever_is_chosen_can_do_it(candidates, arrangement, strategy, whole, t
     assert "decode" in decode.takes
     assert decode.has_room
     if strategy == "predicted":
-        assert decode.is_idle or (decode.step_s <= 0.1 and tokens <= decode.kv_free)
+        assert decode.load == 0 or (decode.step_s <= 0.1 and tokens <= decode.kv_free)
     if placed.prefill is not None:
         prefill = by_id[placed.prefill]
         assert "prefill" in prefill.takes
