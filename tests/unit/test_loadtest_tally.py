@@ -27,7 +27,7 @@ def share(*rows: tuple[Row, list[float]], **more) -> Share:
 
 def answered(intended_s: float, events: list[float], **more) -> tuple[Row, list[float]]:
     given = {"sent_s": intended_s, "ttft_s": events[0], "end_s": intended_s + events[-1], "output_tokens": len(events)}
-    return Row(intended_s=intended_s, outcome=Outcome.OK, status=200, attempts=1, **{**given, **more}), events
+    return Row(intended_s=intended_s, outcome=Outcome.OK, status=200, **{"attempts": 1, **given, **more}), events
 
 
 def refused(intended_s: float, outcome=Outcome.SHED, code="queue_full", status=429) -> tuple[Row, list[float]]:
