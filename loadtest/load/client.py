@@ -256,6 +256,14 @@ class Reply(msgspec.Struct, frozen=True):
     attempts: int
 
 
+class Attempts:
+    """Of one request so far, for whoever may not see its end: those that failed, and the one that is in flight."""
+
+    def __init__(self) -> None:
+        self.failed: list[Try] = []
+        self.now: Answer | None = None
+
+
 class Client:
     """`async with Client(...) as client: await client.post(path, body)`."""
 
@@ -278,21 +286,22 @@ class Client:
         self._pool.close()
 
     async def post(
-        self, path: str, body: bytes, tries: list[Try], *, keep: bool = False, leave_after: int | None = None
+        self, path: str, body: bytes, attempts: Attempts, *, keep: bool = False, leave_after: int | None = None
     ) -> Reply:
-        """Never raises for what a server or a network does. Attempts that fail are added to `tries` as they end."""
+        """Never raises for what a server or a network does."""
         first_sent_s = 0.0
         taken = 0
         while True:
-            answer = Answer(keep=keep, leave_after=leave_after)
+            answer = attempts.now = Answer(keep=keep, leave_after=leave_after)
             await self._attempt(self._request(path, body, taken), answer)
             first_sent_s = first_sent_s or answer.sent_s
             now_s = time.time()
             outcome = answer.outcome or Outcome.ERROR
             if outcome not in (Outcome.OK, Outcome.LEFT):
-                tries.append(_failed(answer, outcome, now_s))
+                attempts.failed.append(_failed(answer, outcome, now_s))
             if taken >= self._limits.retries or not retry.retryable(outcome, answer.status, answer.headers, now_s):
                 return Reply(answer, first_sent_s, taken + 1)
+            attempts.now = None
             await asyncio.sleep(retry.delay_s(taken, answer.headers, now_s, self._rng.random()))
             taken += 1
 

@@ -16,7 +16,7 @@ import msgspec
 from loadtest.load.alarm import Pace
 from loadtest.load.answer import Answer, Outcome, text_and_tokens
 from loadtest.load.bodies import Bodies, Dialogue
-from loadtest.load.client import Client, Endpoint, Limits, Reply
+from loadtest.load.client import Attempts, Client, Endpoint, Limits, Reply
 from loadtest.load.conversation import Conversation, Source, fitted
 from loadtest.load.expected import Claim, Expected, wrong
 from loadtest.load.prompts import mixed
@@ -158,27 +158,31 @@ class Driver:
         leave_after = rng.randrange(turn_tokens) if rng is not None and rng.random() < job.leave_share else None
         verify = rng is not None and job.expected is not None and rng.random() < job.verify_share
         self._sent += 1
-        tries: list[Try] = []
+        attempts = Attempts()
         try:
             reply = await self._client.post(
-                dialogue.path, body, tries, keep=verify or dialogue.goes_on, leave_after=leave_after
+                dialogue.path, body, attempts, keep=verify or dialogue.goes_on, leave_after=leave_after
             )
         except asyncio.CancelledError:
-            row = Row(
-                intended_s=intended_s - self._start_s,
-                outcome=Outcome.LEFT,
-                code=INTERRUPTED,
-                attempts=len(tries) + 1,
-                tries=_since(tries, self._start_s),
-            )
-            self._keep(row, ())
+            self._interrupted(attempts, intended_s)
             raise
         answer = reply.answer
         if verify and answer.outcome == Outcome.OK:
             text, _ = text_and_tokens(answer.kept)
             self._claims.append(Claim(row=len(self._rows), prompt=dialogue.tokens, max_tokens=turn_tokens, text=text))
-        self._keep(_row(reply, tries, intended_s, self._start_s), [at_s - intended_s for at_s in answer.times])
+        row = _row(reply, attempts.failed, intended_s, self._start_s)
+        self._keep(row, [at_s - intended_s for at_s in answer.times])
         return answer
+
+    def _interrupted(self, attempts: Attempts, intended_s: float) -> None:
+        """The run ends while this request is in flight, or waits to be sent again."""
+        failed, answer = attempts.failed, attempts.now
+        if answer is None:
+            answer = Answer()
+        answer.outcome, answer.code, answer.end_s = Outcome.LEFT, INTERRUPTED, time.monotonic()
+        first_sent_s = failed[0].sent_s if failed else answer.sent_s
+        row = _row(Reply(answer, first_sent_s, len(failed) + 1), failed, intended_s, self._start_s)
+        self._keep(row, [at_s - intended_s for at_s in answer.times])
 
     def _keep(self, row: Row, offsets: Sequence[float]) -> None:
         self._rows.append(row)

@@ -18,7 +18,7 @@ import pytest
 from loadtest.instant import InstantServer, Manner
 from loadtest.load.answer import Outcome
 from loadtest.load.bodies import Bodies, Tokeniser
-from loadtest.load.client import Client, Endpoint, Limits
+from loadtest.load.client import Attempts, Client, Endpoint, Limits
 from loadtest.load.drive import Driver, Job
 from loadtest.load.lengths import Distribution
 from loadtest.load.records import merged
@@ -293,7 +293,7 @@ async def test_connections_are_kept():
         endpoint = Endpoint(host="127.0.0.1", port=port, tls=False, authority="x")
         async with Client(endpoint, Limits(), random.Random(1)) as client:
             for _ in range(10):
-                reply = await client.post("/v1/completions", b'{"max_tokens": 4}', [])
+                reply = await client.post("/v1/completions", b'{"max_tokens": 4}', Attempts())
                 assert reply.answer.outcome == Outcome.OK
                 assert len(reply.answer.times) == 4
             assert server.accepted == 1
@@ -383,6 +383,7 @@ def test_what_is_late_is_given_up(tmp_path):
     assert done.returncode == 1, done.stderr  # nothing was completed
     found = result(tmp_path)
     assert set(found.requests.code) == {"interrupted"}
+    assert None not in found.requests.last_sent_s
     assert found.settings["interrupted"] is False  # it ended as it was told
 
 
