@@ -60,7 +60,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     Of the requests that were sent inside the window: `offered`, `admitted`, `within` (the share of those whose first
     token came within the target, from the attempt that was admitted) and `within_request` (from the first send).
     `unanswered`: admitted or still in line, without a first token when the run was given up: misses. `retried`:
-    requests that were refused and tried again; `helped`: the share of those that were admitted then.
+    requests that were refused and tried again; `helped`: the share of those that were answered then. `client_`: how
+    late the generator itself was, and its share of a core.
     """
 
     offered_per_s: float
@@ -80,6 +81,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     retried: int
     helped: float | None
     refusals: Refusals
+    client_late_p99_s: float | None
+    client_cpu_share: float
 
 
 class _Seen(msgspec.Struct, frozen=True):
@@ -129,6 +132,8 @@ def judge(result: Result, window: Window) -> Point:
         retried=len(retried),
         helped=_share(got_in, len(retried)),
         refusals=_refusals(tries, sorted(one.sent_s for one in first), window, slo),
+        client_late_p99_s=result.client.lateness_s.p99,
+        client_cpu_share=result.client.cpu_share,
     )
 
 

@@ -8,7 +8,6 @@ try again as the official client does. Every run's own result lies beside the su
 import argparse
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +81,9 @@ class _Bench:
         args = self._args
         out = args.out / f"{side}-{load:g}x"
         seconds = setup.whole(args.seconds)
-        result = offer.bursts(cluster, self.asked, rate=rate, cv=args.cv, seconds=seconds, out=out)
+        # The same arrivals and prompts on both sides, and prompts that no earlier load has left in a cache.
+        cold = msgspec.structs.replace(self.asked, seed=self.asked.seed + 1 + args.loads.index(load))
+        result = offer.bursts(cluster, cold, rate=rate, cv=args.cv, seconds=seconds, out=out)
         found = judge.judge(result, setup.window(args.seconds))
         self._points[side][load] = found
         self._targets[side] = result.target
@@ -106,7 +107,7 @@ class _Bench:
             started_at=self._started_at,
             git=git(),
             machine=machine(),
-            settings=_told(args),
+            settings=setup.described(args),
             slo=self.asked.slo,
             capacity=capacity,
             loads=args.loads,
@@ -120,14 +121,6 @@ class _Bench:
         print(report.text(found))
         print(f"{path}\n{shown}")
         return 0
-
-
-def _told(args: argparse.Namespace) -> dict[str, object]:
-    """The settings for the result: what was resolved."""
-    told = {name: value for name, value in vars(args).items() if name not in ("command", "out", "model")}
-    told["length_scale"] = args.length_scale or setup.SCALES[args.engine]
-    told["model"] = None if args.model is None else args.model.name
-    return {"command": ["python", "-m", "loadtest", *sys.argv[1:]], **told}
 
 
 def _percent(share: float | None) -> str:

@@ -27,6 +27,7 @@ ENGINES = {"sim": ("--engine", "sim"), "vllm": ("--engine", "vllm", "--kv-gib", 
 SCALES = {"sim": 1.0, "vllm": 0.25}  # of the workload's lengths: an engine on CPUs takes seconds for a long prompt
 DRAIN_S = "2"
 MODEL_S = 120.0
+CAPACITY_SEED = 10_000
 WARM_SHARE = 0.25  # of the measured time, before it
 
 
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
     add("--model", type=Path, help="default: sim the demo model, vllm one that `python -m loadtest model` makes")
     add("--sim-speed", default="1", help="times the profile's")
     add("--arrangement", choices=("auto", "split", "unsplit"), default="split")
+    add("--engine-arg", action="append", default=[], metavar="KEY=VALUE", help="of the engines; may be repeated")
     add("--prefill", type=int, default=1)
     add("--decode", type=int, default=1)
 
@@ -84,6 +86,14 @@ def settings(args: argparse.Namespace, **more: str) -> dict[str, str]:
     return {"drain_s": DRAIN_S, "targets": msgspec.json.encode(targets).decode(), **more}
 
 
+def described(args: argparse.Namespace) -> dict[str, object]:
+    """The settings for the result: what was resolved."""
+    told = {name: value for name, value in vars(args).items() if name not in ("command", "out", "model")}
+    told["length_scale"] = args.length_scale or SCALES[args.engine]
+    told["model"] = None if args.model is None else args.model.name
+    return {"command": ["python", "-m", "loadtest", *sys.argv[1:]], **told}
+
+
 @contextlib.contextmanager
 def up_options(args: argparse.Namespace) -> Iterator[list[str]]:
     """Those of `baton up`; a model that had to be made lasts as long."""
@@ -91,6 +101,7 @@ def up_options(args: argparse.Namespace) -> Iterator[list[str]]:
         *ENGINES[args.engine],
         *("--arrangement", args.arrangement, "--prefill", str(args.prefill), "--decode", str(args.decode)),
         *(("--sim-speed", args.sim_speed) if args.engine == "sim" else ()),
+        *(word for given in args.engine_arg for word in ("--engine-arg", given)),
     ]
     with tempfile.TemporaryDirectory(prefix="baton-model-") as folder:
         model = args.model
@@ -103,13 +114,14 @@ def up_options(args: argparse.Namespace) -> Iterator[list[str]]:
 def find_capacity(
     cluster: Started, asked: Load, args: argparse.Namespace, out: Path, say: Callable[[str], None]
 ) -> Capacity:
-    """`asked` without retries. Raises Failed when nothing is good."""
+    """Its clients do not try again. Raises Failed when nothing is good."""
     if args.capacity is not None:
         return Capacity(per_s=args.capacity, how="given on the command line")
-    asked = msgspec.structs.replace(asked, retries=0)
     seconds, steps = args.step_seconds, list[Step]()
     while (clients := next_clients(steps)) is not None:
-        result = offer.closed(cluster, asked, clients=clients, seconds=whole(seconds), out=out / f"clients-{clients}")
+        # Other prompts each time: what a cache holds of the step before would cost nothing.
+        cold = msgspec.structs.replace(asked, retries=0, seed=asked.seed + CAPACITY_SEED + clients)
+        result = offer.closed(cluster, cold, clients=clients, seconds=whole(seconds), out=out / f"clients-{clients}")
         point = judge.judge(result, window(seconds))
         steps.append(
             Step(

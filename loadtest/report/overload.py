@@ -52,6 +52,7 @@ def page(told: Overload) -> Page:
             _latency(told),
             _refusals(told),
             _capacity(told),
+            Section("The load generator", [_client(told)]),
             _provenance(told),
         ],
     )
@@ -92,7 +93,9 @@ def _checks(told: Overload) -> Table:
     rows = []
     for check in told.checks:
         cells = [
-            Cell(_value(check, side), "met" if check.met[side] else "missed", "better" if check.met[side] else "worse")
+            Cell(_value(check, side))
+            if check.values[side] is None
+            else Cell(_value(check, side), *(("met", "better") if check.met[side] else ("missed", "worse")))
             for side in check.values
         ]
         rows.append([Cell(check.what), Cell(check.aim), *cells])
@@ -139,7 +142,6 @@ def _goodput(told: Overload) -> Section:
                 ],
             ),
             _table(
-                told,
                 "Rates",
                 {
                     "offered": lambda one: q.rate(one.offered_per_s),
@@ -148,6 +150,7 @@ def _goodput(told: Overload) -> Section:
                     "good": lambda one: q.rate(one.good_per_s),
                     "good, from the first send": lambda one: q.rate(one.good_request_per_s),
                 },
+                _rows(told),
                 caption=f"Good: {facts.slo_of(told.slo)}, counted from the attempt that was admitted; from the first "
                 "send the waits of a client that tries again count too. A request counts once however often its "
                 "client tries. What ended inside the window counts.",
@@ -179,7 +182,6 @@ def _latency(told: Overload) -> Section:
             chart("TTFT from the attempt that was admitted", lambda one: one.ttft_s),
             chart("TTFT from the first send", lambda one: one.ttft_request_s),
             _table(
-                told,
                 "Admitted requests",
                 {
                     "admitted": lambda one: q.count(one.admitted),
@@ -192,6 +194,7 @@ def _latency(told: Overload) -> Section:
                     "no token": lambda one: q.count(one.unanswered),
                     "failed": lambda one: q.count(sum(one.failed.values())),
                 },
+                _rows(told),
                 caption="Admitted: sent inside the window and not refused. No token: none had come when the run was "
                 "given up; that is a miss. Percentiles are of the tokens that came.",
             ),
@@ -208,7 +211,6 @@ def _refusals(told: Overload) -> Section:
         [
             _reasons(told),
             _table(
-                told,
                 "How long a refusal takes",
                 {
                     "refusals": lambda one: q.count(one.refusals.count),
@@ -221,12 +223,12 @@ def _refusals(told: Overload) -> Section:
                     "latest": lambda one: q.seconds(one.refusals.lateness_s.max),
                     "wrong": lambda one: ", ".join(f"{name} {n}" for name, n in one.refusals.wrong.items()) or "0",
                 },
+                _refusing(told),
                 caption="At arrival: the server says that the request had not waited in line, or, where it says "
                 "nothing, the answer came within half the TTFT target. Wrong: a status that does not belong to the "
                 "reason, no Retry-After, or a refusal inside a stream.",
             ),
             _table(
-                told,
                 "What Retry-After is worth",
                 {
                     "asked p50": lambda one: q.seconds(one.refusals.asked_s.p50),
@@ -238,6 +240,7 @@ def _refusals(told: Overload) -> Section:
                     "tried again": lambda one: q.count(one.retried),
                     "answered then": lambda one: q.share(one.helped),
                 },
+                _refusing(told),
                 caption="Next admission: from a refusal until the first request that was sent later and admitted, the "
                 "least that would have been needed. Answered then: of the requests that tried again.",
             ),
@@ -254,7 +257,7 @@ def _reasons(told: Overload) -> Bars:
     colours = {name: REASON_COLOURS[place % len(REASON_COLOURS)] for place, name in enumerate(names)}
     most = max((point.refusals.count for side in told.sides for point in side.points), default=0)
     bars = []
-    for load, side, point in _rows(told):
+    for load, side, point in _refusing(told):
         counted = point.refusals.reasons
         parts = [
             Part(name, colours[name], f"{name} {q.count(counted[name])}", counted[name] / point.refusals.count)
@@ -295,6 +298,18 @@ def _capacity(told: Overload) -> Section:
     return Section("How capacity was found", [table])
 
 
+def _client(told: Overload) -> Table:
+    return _table(
+        "Its own health",
+        {
+            "sent after the intended time, p99": lambda one: q.seconds(one.client_late_p99_s),
+            "CPU, in shares of one core": lambda one: q.share(one.client_cpu_share),
+        },
+        _rows(told),
+        caption="It shares the machine with what it measures: what it is late by is in the latency of refusals, too.",
+    )
+
+
 def _provenance(told: Overload) -> Section:
     command = told.settings.get("command", [])
     known = {
@@ -320,13 +335,19 @@ def _rows(told: Overload) -> list[tuple[float, Side, Point]]:
     return [(load, side, side.points[place]) for place, load in enumerate(told.loads) for side in told.sides]
 
 
-def _table(told: Overload, title: str, columns: dict[str, Tell], caption: str = "") -> Table:
+def _refusing(told: Overload) -> list[tuple[float, Side, Point]]:
+    return [row for row in _rows(told) if row[2].refusals.count]
+
+
+def _table(
+    title: str, columns: dict[str, Tell], points: Sequence[tuple[float, Side, Point]], caption: str = ""
+) -> Table:
     """A row for each load on each side."""
     rows = [
         [Cell(f"{load:g}\u00d7, {side.name}"), *texts(*(tell(point) for tell in columns.values()))]
-        for load, side, point in _rows(told)
+        for load, side, point in points
     ]
-    return Table(title=title, head=["", *columns], rows=rows, caption=caption)
+    return Table(title=title, head=["", *columns], rows=rows, caption=caption if rows else "None.")
 
 
 def _by_load(
