@@ -47,7 +47,7 @@ def _past(doubling: Sequence[Step], best_per_s: float) -> bool:
     """`doubling`: ascending by clients."""
     if best_per_s > 0 and doubling[-1].good_per_s < PAST * best_per_s:
         return True
-    return len(doubling) > 2 and doubling[-1].good_per_s < FLAT * doubling[-3].good_per_s
+    return len(doubling) > 2 and doubling[-1].good_per_s <= FLAT * doubling[-3].good_per_s
 
 
 def capacity(steps: Sequence[Step], seconds: float) -> Capacity:
