@@ -231,8 +231,8 @@ def _row(seen: Seen, output_tokens: int, ideal_per_s: float) -> dict[str, float]
 
 def with_zeros(ranked: list[float], zeros: int, share: float) -> float:
     """Nearest rank over sorted values and so many zeros before them; 0 for nothing."""
-    place = slo.rank(share, len(ranked) + zeros) - zeros if ranked else -1
-    return ranked[place] if place >= 0 else 0.0
+    place = slo.rank(share, len(ranked) + zeros) - zeros
+    return ranked[place] if ranked and place >= 0 else 0.0
 
 
 def _requests(args: argparse.Namespace) -> dict[str, list[bytes]]:
