@@ -15,7 +15,7 @@ from random import Random
 
 AHEAD_S = 0.05  # far above the way from "done" here to the next prompt there, far below any target
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
-LOOK_FOR = 32  # asked whether they may, where another way is open
+LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same
 TIE_S = 0.001
 
@@ -169,15 +169,20 @@ def other_prefiller(pools: Pools, decode: str, *, avoid: Collection[str], random
     """Who could take over a prefill job for this decode worker now; late binding is not for one that is late."""
     partner = pools.get(decode)
     able = [
-        one for one in pools.with_room("prefill") if one.id not in avoid and (partner is None or _fit(one, partner))
+        (max(0.0, one.begins_at - now), one)
+        for one in pools.with_room("prefill")
+        if one.id not in avoid and (partner is None or _fit(one, partner))
     ]
-    best = _best(able, lambda one: max(0.0, one.begins_at - now), random)
+    best = _best(able, random)
     return best.id if best else None
 
 
 @dataclass(slots=True)
 class _Choice:
-    """One placement in the making. What it calls for every worker is kept flat: it is most of a placement's cost."""
+    """One placement in the making. What it calls for every worker is kept flat: it is most of a placement's cost.
+
+    Times to first token are inf for a worker that may not have the request.
+    """
 
     pools: Pools
     wish: Wish
@@ -189,31 +194,30 @@ class _Choice:
     def split(self, reason: str) -> Placement | None:
         """The soonest pair of workers."""
         open_ = self.pools.with_room("prefill")
-        prefill = _best(self._look(open_, self._begins_soon), self._score(self._prefill_s), self.random)
+        prefill = _best(self._look(open_, self._prefill_s), self.random)
         if prefill is None:
             return None
         if (pair := self._pair(prefill, reason)) is not None:
             return pair
         # Its decode partners are full or of another shape; rare, so all others are tried.
-        others = [one for one in open_ if one.id != prefill.id and self._begins_soon(one)]
-        others.sort(key=self._prefill_s)
-        return next(filter(None, (self._pair(one, reason) for one in others)), None)
+        others = sorted((self._prefill_s(one), one.id, one) for one in open_ if one.id != prefill.id)
+        pairs = (self._pair(one, reason) for prefill_s, _, one in others if prefill_s < inf)
+        return next(filter(None, pairs), None)
 
     def whole(self, reason: str, *, gently: bool) -> Placement | None:
         """The soonest worker for everything. `gently`: only where it holds up no stream beyond its target."""
         gently = gently and self.rules.strategy == "predicted"
         itl_s = self.rules.itl_s
 
-        def able(one: Candidate) -> bool:
-            if not (self._begins_soon(one) and self._can_decode(one)):
-                return False
-            return not gently or one.load == 0 or one.step_s + self._prompt_s(one) <= itl_s
-
         def ttft_s(one: Candidate) -> float:
+            if not self._can_decode(one):
+                return inf
+            if gently and one.load and one.step_s + self._prompt_s(one) > itl_s:
+                return inf
             return max(self._prefill_s(one), one.sequence_s)
 
-        able_ones = self._look(self.pools.with_room("decode"), able, LOOK_FOR if gently else None)
-        decode = _best(able_ones, self._score(ttft_s), self.random)
+        found = self._look(self.pools.with_room("decode"), ttft_s, LOOK_FOR if gently else None)
+        decode = _best(found, self.random)
         if decode is None:
             return None
         return Placement(
@@ -226,14 +230,12 @@ class _Choice:
     def _pair(self, prefill: Candidate, reason: str) -> Placement | None:
         prefill_s, tokens = self._prefill_s(prefill), self.wish.tokens
 
-        def able(one: Candidate) -> bool:
-            return _fit(prefill, one) and self._can_decode(one)
-
         def ttft_s(one: Candidate) -> float:
-            begins_s = max(prefill_s, one.sequence_s)
-            return begins_s + one.load_s + one.load_token_s * tokens
+            if not self._can_decode(one) or not _fit(prefill, one):
+                return inf
+            return max(prefill_s, one.sequence_s) + one.load_s + one.load_token_s * tokens
 
-        decode = _best(self._look(self.pools.with_room("decode"), able), self._score(ttft_s), self.random)
+        decode = _best(self._look(self.pools.with_room("decode"), ttft_s), self.random)
         if decode is None:
             return None
         return Placement(
@@ -244,33 +246,33 @@ class _Choice:
         )
 
     def _look(
-        self, pool: Sequence[Candidate], able: Callable[[Candidate], bool], most: int | None = None
-    ) -> list[Candidate]:
+        self, pool: Sequence[Candidate], ttft_s: Callable[[Candidate], float], most: int | None = None
+    ) -> list[tuple[float, Candidate]]:
         """A few who are able, from a random one on: all of them where they are few. `most`: not asked more."""
-        found: list[Candidate] = []
+        found: list[tuple[float, Candidate]] = []
+        by_load = self.rules.strategy == "least_loaded"
         first = int(self.random.random() * len(pool))
         start = first - len(pool)
         for index in range(start, first if most is None else min(first, start + most)):
             one = pool[index]
-            if one.id not in self.avoid and able(one):
-                found.append(one)
+            score = ttft_s(one)
+            if score < inf and one.id not in self.avoid:
+                found.append((one.load if by_load else score, one))
                 if len(found) == LOOK_AT:
                     break
         return found
 
-    def _score(self, ttft_s: Callable[[Candidate], float]) -> Callable[[Candidate], float]:
-        return (lambda one: one.load) if self.rules.strategy == "least_loaded" else ttft_s
-
     def _prefill_s(self, one: Candidate) -> float:
         ahead_s = one.begins_at - self.now
-        return self._prompt_s(one) + (ahead_s if ahead_s > 0 else 0.0)
+        if ahead_s <= 0:
+            return self._prompt_s(one)
+        if ahead_s >= AHEAD_S and self.rules.strategy == "predicted":
+            return inf
+        return ahead_s + self._prompt_s(one)
 
     def _prompt_s(self, one: Candidate) -> float:
         wish = self.wish
         return one.prompt_s + one.token_s * (wish.tokens - wish.hits.get(one.node, 0) if wish.hits else wish.tokens)
-
-    def _begins_soon(self, one: Candidate) -> bool:
-        return one.begins_at - self.now < AHEAD_S or self.rules.strategy == "least_loaded"
 
     def _can_decode(self, one: Candidate) -> bool:
         """Within the others' target, and with memory for this one's output. One that does nothing else always can."""
@@ -300,19 +302,19 @@ def _sooner(split: Placement | None, whole: Placement | None, wish: Wish, rules:
 
 def _fit(prefill: Candidate, decode: Candidate) -> bool:
     """A worker that takes both does not hand over to itself: that is the whole path with a detour."""
-    same = not (prefill.fingerprint and decode.fingerprint) or prefill.fingerprint == decode.fingerprint
+    same = prefill.fingerprint == decode.fingerprint or not (prefill.fingerprint and decode.fingerprint)
     return same and prefill.id != decode.id
 
 
-def _best(able: Sequence[Candidate], score: Callable[[Candidate], float], random: Random) -> Candidate | None:
+def _best(found: Sequence[tuple[float, Candidate]], random: Random) -> Candidate | None:
     """The one with the least; of those that are as good as alike, the less loaded of two."""
-    if len(able) <= 1:
-        return able[0] if able else None
-    scores = [score(one) for one in able]
-    enough = min(scores) * (1 + TIE) + TIE_S
-    near = [one for one, value in zip(able, scores, strict=True) if value <= enough]
+    if len(found) <= 1:
+        return found[0][1] if found else None
+    enough = min([score for score, _ in found]) * (1 + TIE) + TIE_S
+    near = [one for score, one in found if score <= enough]
     if len(near) == 1:
         return near[0]
     first = int(random.random() * len(near))
     second = (first + 1 + int(random.random() * (len(near) - 1))) % len(near)
-    return min(near[first], near[second], key=lambda one: one.load)
+    one, other = near[first], near[second]
+    return one if one.load <= other.load else other
