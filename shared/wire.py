@@ -69,6 +69,8 @@ class DecodeJob(Message, frozen=True):
     handoff_s: float = 30.0  # how long to wait for the blocks before recomputing
     salt: bytes = b""
     priority: int = 0
+    # A resumed stream: packed ids, one entry a choice, with which the output begins; all rows are sent again.
+    replay: list[bytes] = []
 
 
 class Accepted(Message, frozen=True):
@@ -258,6 +260,7 @@ class Heartbeat(Message, frozen=True):
     kv_usage: float = 0.0  # share of the engine's own KV blocks in use
     prefill_tokens_per_s: float = 0.0  # measured; 0: not known yet
     decode_step_s: float = 0.0  # measured; 0: not known yet
+    forces: bool = False  # takes DecodeJobs with `replay`
     metrics_url: str = ""
     version: str = ""
     format: int = FORMAT

@@ -241,6 +241,7 @@ class Worker:
             kv_usage=load_now.kv_usage,
             prefill_tokens_per_s=load_now.prefill_tokens_per_s,
             decode_step_s=load_now.decode_step_s,
+            forces=info.forces,
             metrics_url=metrics_url,
             version=VERSION,
         )
