@@ -1,4 +1,4 @@
-"""A vLLM logits processor that makes a request's output begin with given tokens: a resumed stream repeats what was sent.
+"""A vLLM logits processor that makes an output begin with given tokens: a resumed stream repeats what was sent.
 
 One token a step, chosen behind every other processor: what comes before the sampler (the grammar) and behind it
 (penalties' counts, the seed's state, stop strings, log probabilities, which are taken from the model's own logits)
@@ -27,7 +27,7 @@ NEVER = float("-inf")
 class Forcing(LogitsProcessor):
     """Keyed by a request's row in the batch, which vLLM moves about."""
 
-    def __init__(self, vllm_config: "VllmConfig", device: "torch.device", is_pin_memory: bool) -> None:  # noqa: ARG002, FBT001 - vLLM's signature
+    def __init__(self, vllm_config: "VllmConfig", device: "torch.device", is_pin_memory: bool) -> None:  # noqa: ARG002 - vLLM's signature
         # What to repeat, and vLLM's own list of the output so far. Its length counts: under asynchronous scheduling
         # the last entries are placeholders, and a preempted request comes back with all that it had.
         self._replays: dict[int, tuple[list[int], list[int]]] = {}

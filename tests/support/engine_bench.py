@@ -57,6 +57,7 @@ class Bench:
         tokens: list[int],
         sampling: wire.Sampling,
         plan: KvPlan | None = None,
+        *,
         salt: str = "",
         replay: list[bytes] | None = None,
     ) -> dict[int, Said]:
@@ -81,10 +82,11 @@ class Bench:
         tokens: list[int],
         sampling: wire.Sampling,
         plan: KvPlan | None = None,
+        *,
         salt: str = "",
         replay: list[bytes] | None = None,
     ) -> Said:
-        return (await self.choices(engine, tokens, sampling, plan, salt, replay))[0]
+        return (await self.choices(engine, tokens, sampling, plan, salt=salt, replay=replay))[0]
 
     async def reserve(self, tokens: list[int], *, write: bool) -> tuple[str, Reserved]:
         """A lease of the writer's to write under, or of the reader's."""
