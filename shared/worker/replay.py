@@ -22,8 +22,12 @@ FORCING_V2 = "shared.worker.forcing_v2:ForcingV2"
 
 
 def enable_forcing(config: "VllmConfig") -> bool:
-    """Add the processor behind the user's own. False: vLLM takes none under speculative decoding."""
-    if config.speculative_config is not None:
+    """Add the processor behind the user's own. False where vLLM takes none, or one step makes several tokens."""
+    if (
+        config.speculative_config is not None
+        or config.num_speculative_tokens
+        or config.model_config.return_sampling_mask
+    ):
         return False
     name = FORCING_V2 if config.use_v2_model_runner else FORCING
     config.model_config.logits_processors = [*(config.model_config.logits_processors or []), name]
