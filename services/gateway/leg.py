@@ -239,7 +239,8 @@ class Leg:
             tries.avoid[worker] = gateway.fleet.beats(worker)
             gateway.metrics.retried("resume" if self._sent.has_begun else "decode")
         if self._sent.has_begun:
-            self._load = self._original.after(*self._sent.resume(by_prompt=self._by_prompt))
+            ways = {"by_prompt": self._by_prompt, "forces": gateway.fleet.has_forcing()}
+            self._load = self._original.after(*self._sent.resume(**ways))
             self._wish = replace(self._wish, tokens=len(self._load.tokens))
         log.info("request %s: attempt %d ended with %s", self._load.id, tries.attempt, error.code)
 

@@ -84,9 +84,12 @@ class Sent:
         taken = (self._choices[row.choice - self._first].take(row) for row in rows)
         return [row for row in taken if row is not None]
 
-    def resume(self, *, by_prompt: bool) -> tuple[list[int], list[bytes]]:
-        """The tokens for the next attempt's prompt, and its replay: what the attempt will repeat."""
-        (whole, *_) = [choice.resume(by_prompt=by_prompt) for choice in self._choices]
+    def resume(self, *, by_prompt: bool, forces: bool) -> tuple[list[int], list[bytes]]:
+        """The tokens for the next attempt's prompt, and its replay: what the attempt will repeat.
+
+        Unless there is a worker that `forces`, as little as can be is repeated.
+        """
+        (whole, *_) = [choice.resume(by_prompt=by_prompt, forces=forces) for choice in self._choices]
         return whole, [choice.replay for choice in self._choices]
 
 
@@ -99,9 +102,10 @@ class _Choice:
         self._scores = 0  # log probabilities
         self._prompt_scores = 0
         self._ended = False
-        # Up to here every token has all its text, as far as is known: bytes and characters.
-        self._clean_tokens = 0
-        self._clean_text = 0
+        # Bytes of tokens and characters up to a row with text; and up to one whose text is known to be all there is:
+        # text behind a single token is, but of several the last one's may be held back.
+        self._shown = (0, 0)
+        self._clean = (0, 0)
         # What of the above an attempt still has to repeat.
         self._repeating = False
         self._tokens_due = 0  # bytes
@@ -134,21 +138,21 @@ class _Choice:
             self._prompt_scores += len(row.prompt_logprobs)
         if row.finish is not None:
             self._ended = True
-        # Text behind a single token is all the text there is. A row of several may hold back the last one's.
-        if row.text and size == wire.TOKEN_BYTES and not self._repeating:
-            self._clean_tokens, self._clean_text = len(self._tokens), self._text
+        if row.text and not self._repeating:
+            self._shown = len(self._tokens), self._text
+            if size == wire.TOKEN_BYTES:
+                self._clean = self._shown
         return row
 
-    def resume(self, *, by_prompt: bool) -> list[int]:
+    def resume(self, *, by_prompt: bool, forces: bool) -> list[int]:
         """By prompt: the tokens for it. What comes after them, or everything, will be repeated."""
-        if not by_prompt:
-            self._clean_tokens = self._clean_text = 0
-        self._tokens_due = len(self._tokens) - self._clean_tokens
-        self._text_due = self._text - self._clean_text
+        whole, text = (self._clean if forces else self._shown) if by_prompt else (0, 0)
+        self._tokens_due = len(self._tokens) - whole
+        self._text_due = self._text - text
         self._scores_due = self._scores
         self._prompt_scores_due = self._prompt_scores
         self._repeating = self._is_due
-        return wire.unpack_tokens(bytes(self._tokens[: self._clean_tokens]))
+        return wire.unpack_tokens(bytes(self._tokens[:whole]))
 
     @property
     def _is_due(self) -> bool:

@@ -80,33 +80,39 @@ def test_rows_pass_unchanged_while_nothing_is_lost():
     assert not sent.has_begun
     assert sent.take(rows) == rows
     assert (sent.count, sent.has_begun) == (5, True)
-    assert sent.resume(by_prompt=True) == ([1, 2, 3, 4, 5], [b""])
+    assert sent.resume(by_prompt=True, forces=True) == ([1, 2, 3, 4, 5], [b""])
 
 
 def test_a_token_without_its_text_is_repeated():
     sent = Sent(0, 1)
     sent.take([row("a", 1), row("", 2), row("", 3)])
-    assert sent.resume(by_prompt=True) == ([1], [wire.pack_tokens([2, 3])])
+    assert sent.resume(by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
     assert sent.take([row("", 2), row("", 3)]) == []
     assert sent.take([row("é", 4)]) == [row("é", 4)]
-    assert sent.resume(by_prompt=True) == ([1, 2, 3, 4], [b""])
+    assert sent.resume(by_prompt=True, forces=True) == ([1, 2, 3, 4], [b""])
 
 
 def test_the_last_of_several_tokens_may_have_no_text_yet():
     sent = Sent(0, 1)
     sent.take([row("a", 1), row("bc", 2, 3)])
-    assert sent.resume(by_prompt=True) == ([1], [wire.pack_tokens([2, 3])])
+    assert sent.resume(by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
     told = sent.take([row("b", 2), row("", 3), row("cé", 4)])
     assert (ids(told), "".join(one.text for one in told)) == ([4], "é")
+
+
+def test_where_nobody_forces_little_is_repeated():
+    sent = Sent(0, 1)
+    sent.take([row("a", 1), row("bc", 2, 3), row("", 4)])
+    assert sent.resume(by_prompt=True, forces=False) == ([1, 2, 3], [wire.pack_tokens([4])])
 
 
 def test_lost_again_during_the_repetition():
     sent = Sent(0, 1)
     sent.take([row("a", 1), row("b", 2), row("c", 3)])
     whole = [], [wire.pack_tokens([1, 2, 3])]
-    assert sent.resume(by_prompt=False) == whole
+    assert sent.resume(by_prompt=False, forces=True) == whole
     assert sent.take([row("a", 1), row("b", 2)]) == []
-    assert sent.resume(by_prompt=False) == whole
+    assert sent.resume(by_prompt=False, forces=True) == whole
     assert sent.take([row("abcd", 1, 2, 3, 4)]) == [row("d", 4)]
     assert sent.count == 4
 
@@ -116,7 +122,7 @@ def test_choices_are_repeated_each_for_itself_and_an_ended_one_whole():
     first = [Row(choice=4, text="a", tokens=wire.pack_tokens([1]), finish=LENGTH)]
     other = [Row(choice=5, text=text, tokens=wire.pack_tokens([token])) for text, token in (("x", 7), ("y", 8))]
     assert sent.take(first + other[:1]) == first + other[:1]
-    assert sent.resume(by_prompt=False) == ([], [wire.pack_tokens([1]), wire.pack_tokens([7])])
+    assert sent.resume(by_prompt=False, forces=True) == ([], [wire.pack_tokens([1]), wire.pack_tokens([7])])
     assert sent.take(first + other) == other[1:]
     assert sent.count == 3
 
@@ -126,7 +132,7 @@ def test_the_prompts_log_probabilities_are_told_once():
     pieces = [row("", prompt_logprobs=scores[:1]), row("", prompt_logprobs=scores[1:])]
     sent = Sent(0, 1)
     assert sent.take(pieces[:1]) == pieces[:1]
-    assert sent.resume(by_prompt=False) == ([], [b""])
+    assert sent.resume(by_prompt=False, forces=True) == ([], [b""])
     assert sent.take([*pieces, row("x", 5)]) == [pieces[1], row("x", 5)]
 
 
@@ -138,7 +144,7 @@ def test_the_prompts_log_probabilities_are_told_once():
 def test_a_repetition_that_differs_ends_the_stream(again):
     sent = Sent(0, 1)
     sent.take([row("a", 1), row("b", 2)])
-    sent.resume(by_prompt=False)
+    sent.resume(by_prompt=False, forces=True)
     with pytest.raises(ResumeInexact):
         sent.take(again)
 
@@ -146,7 +152,7 @@ def test_a_repetition_that_differs_ends_the_stream(again):
 def test_nothing_may_follow_the_end_of_a_choice():
     sent = Sent(0, 2)
     sent.take([row("a", 1, finish=LENGTH)])
-    sent.resume(by_prompt=False)
+    sent.resume(by_prompt=False, forces=True)
     with pytest.raises(ResumeInexact):
         sent.take([row("a", 1), row("b", 2)])
 
@@ -220,7 +226,7 @@ def test_every_token_and_character_is_told_once(output, held_chars, losses, size
         if rows_seen >= len(rows):
             break
         told += sent.take(rows[:rows_seen])
-        whole, (replay,) = sent.resume(by_prompt=by_prompt)
+        whole, (replay,) = sent.resume(by_prompt=by_prompt, forces=True)
         assert whole + wire.unpack_tokens(replay) == said.tokens[: sent.count]
         start = len(whole)
         assert by_prompt or not start
