@@ -16,6 +16,7 @@ BatonError
 │   └── NoCapacity, Draining                                   503
 └── ServiceError                 ours: 5xx
     ├── WorkerLost, WorkerStalled, OutputLost, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled,
+    ├── ResumeInexact
     └── Internal
 """
 
@@ -169,6 +170,13 @@ class Cancelled(ServiceError):
 
     code = "cancelled"
     status = 499
+
+
+class ResumeInexact(ServiceError):
+    """A stream was lost, and nobody can go on with it as it would have gone on."""
+
+    code = "resume_inexact"
+    status = 502
 
 
 class Internal(ServiceError):

@@ -70,6 +70,8 @@ class DecodeJob(Message, frozen=True):
     handoff_s: float = 30.0  # how long to wait for the blocks before recomputing
     salt: bytes = b""
     priority: int = 0
+    # A resumed stream: packed ids, one entry a choice, with which the output begins; all rows are sent again.
+    replay: list[bytes] = []
 
 
 class Accepted(Message, frozen=True):
@@ -268,6 +270,7 @@ class Heartbeat(Message, frozen=True):
     load_token_s: float = 0.0
     decode_step_s: float = 0.0
     decode_sequence_s: float = 0.0
+    forces: bool = False  # takes DecodeJobs with `replay`
     metrics_url: str = ""
     version: str = ""
     format: int = FORMAT

@@ -194,6 +194,15 @@ class Fleet:
         known = self._workers.get(worker)
         return known.beats if known is not None else 0
 
+    def forces(self, worker: str) -> bool:
+        """Whether it takes jobs that begin with a replay."""
+        known = self._workers.get(worker)
+        return known is not None and known.beat.forces
+
+    def has_forcing(self) -> bool:
+        """Is a decode worker alive that does?"""
+        return any(one.beat.forces and "decode" in one.beat.takes and _usable(one) for one in self._workers.values())
+
     def states(self) -> dict[tuple[str, str], int]:
         """(role, state) -> how many, for `baton_workers`."""
         counts: dict[tuple[str, str], int] = {}

@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 
 from shared import telemetry, wire
 from shared.bus import failure
-from shared.errors import BatonError, Internal, KvLost, KvMemory, Timeout
+from shared.errors import BatonError, Internal, KvLost, KvMemory, ResumeInexact, Timeout
 from shared.kv.blocks import block_keys
 from shared.kv.messages import Ready, Reserved
 from shared.worker.batches import Stream
@@ -33,6 +33,8 @@ class DecodeHandler:
         context = self._context
         if not isinstance(job, wire.DecodeJob):
             raise TypeError(f"a decode subject got {type(job).__name__}")
+        if job.replay and not context.engine.info.forces:
+            raise ResumeInexact("this worker's engine cannot repeat what was sent")
         if context.draining or self._running >= self._limit:
             return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
         accepted: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
@@ -179,6 +181,7 @@ class _Run:
             kv=plan,
             salt=job.salt.hex(),
             priority=job.priority,
+            replay=job.replay,
         )
         progress = _Progress(job.sampling.n)
         begun_s, queues = time.monotonic(), context.engine.load().waiting > 0

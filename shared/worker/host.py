@@ -250,6 +250,7 @@ class Worker:
             load_token_s=load_token_s,
             decode_step_s=load_now.decode_step_s,
             decode_sequence_s=load_now.decode_sequence_s,
+            forces=info.forces,
             metrics_url=metrics_url,
             version=VERSION,
         )

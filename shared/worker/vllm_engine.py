@@ -18,6 +18,7 @@ from shared.errors import EngineFailed, InvalidRequest, SettingsError
 from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequest
 from shared.worker.liveness import Liveness
 from shared.worker.rates import Steps
+from shared.worker.replay import EXTRA_ARG, enable_forcing, one_by_one, together
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -48,7 +49,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 class VllmEngine:
     """See shared/worker/engine.py for the protocol. Build on the main thread: its exit would end EngineCore."""
 
-    def __init__(self, llm: "AsyncLLM", stats: "EngineStats", *, splits: bool) -> None:
+    def __init__(self, llm: "AsyncLLM", stats: "EngineStats", *, splits: bool, forces: bool) -> None:
         self._llm = llm
         self._stats = stats
         self._question: asyncio.Task[None] | None = None
@@ -61,6 +62,7 @@ class VllmEngine:
             kv_blocks=config.cache_config.num_gpu_blocks or 0,
             kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             splits=splits,
+            forces=forces,
             details={"vllm": _vllm_version(), "dtype": str(config.model_config.dtype)},
         )
 
@@ -85,6 +87,7 @@ class VllmEngine:
             raise SettingsError(f"engine: {first_line(error)}") from error
         if not splits:
             log.warning("engine: this model's KV state cannot be handed over; it is served unsplit")
+        forces = enable_forcing(config)
         llm = AsyncLLM(
             vllm_config=config,
             executor_class=Executor.get_class(config),
@@ -92,13 +95,18 @@ class VllmEngine:
             log_requests=False,
             stat_loggers=[stats.logger],
         )
-        return cls(llm, stats, splits=splits)
+        return cls(llm, stats, splits=splits, forces=forces)
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+        if len(request.replay) > 1:
+            return together([self._generate(choice) for choice in one_by_one(request)])
+        return self._generate(request)
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -298,8 +306,15 @@ def to_sampling_params(request: EngineRequest, defaults: Mapping[str, Any]) -> "
         skip_special_tokens=sampling.skip_special_tokens,
         structured_outputs=StructuredOutputsParams(**sampling.structured) if sampling.structured else None,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": msgspec.to_builtins(request.kv)} if request.kv else None,
+        extra_args=_extra_args(request) or None,
     )
+
+
+def _extra_args(request: EngineRequest) -> dict[str, Any]:
+    extra: dict[str, Any] = {"kv_transfer_params": msgspec.to_builtins(request.kv)} if request.kv else {}
+    if request.replay:
+        extra[EXTRA_ARG] = request.replay[0]
+    return extra
 
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -129,6 +129,7 @@ class SimEngine:
             kv_blocks=self._pool.count,
             kv_tokens=self._pool.count * shape.block_size,
             splits=True,
+            forces=True,
             details={
                 "profile": shape.profile.name,
                 "speed": self._speed,
@@ -152,7 +153,7 @@ class SimEngine:
             Choice(request, index, stream, reading=reading, salt=salt, limit=limit) for index in range(sampling.n)
         ]
         for choice in choices:
-            choice.prepare(self._contents, self._table, sampling)
+            choice.prepare(self._contents, self._table, request)
             self._planner.track(choice.id, request.kv, choice.prompt_tokens)
             self._scheduler.add(choice)
         self._streams.add(stream)
