@@ -19,11 +19,11 @@ import uvicorn
 import uvloop
 
 from services.gateway import shared_port
-from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
+from services.gateway.server import bound_sends, make_server
 from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
@@ -78,6 +78,7 @@ async def serve(settings: GatewaySettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
+    bound_sends(listener)
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
         bus = await Bus.connect(settings.nats_url, f"gateway-{settings.id}")
@@ -97,7 +98,7 @@ async def serve(settings: GatewaySettings) -> None:
 
 async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
     settings = gateway.settings
-    server = _server(gateway)
+    server = make_server(gateway)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     async with _probes(gateway, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{probe_url}/metrics"))
@@ -115,18 +116,6 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         await serving
         watching.cancel()
     log.info("stopped")
-
-
-def _server(gateway: Gateway) -> uvicorn.Server:
-    config = uvicorn.Config(
-        Front(gateway),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
 
 
 @asynccontextmanager

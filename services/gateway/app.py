@@ -39,7 +39,14 @@ class Front:
             await self._rest(scope, receive, send)
             return
         settings = self._gateway.settings
-        exchange = Exchange(scope, receive, send, max_body_bytes=settings.max_body_bytes, idle_s=settings.header_wait_s)
+        exchange = Exchange(
+            scope,
+            receive,
+            send,
+            max_body_bytes=settings.max_body_bytes,
+            body_s=settings.body_s,
+            idle_s=settings.header_wait_s,
+        )
         await Journey(self._gateway, exchange, kind).run()
 
 

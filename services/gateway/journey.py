@@ -122,6 +122,7 @@ class Journey:
         )
         self._tier = body.tier
         exchange.streams = body.streamed
+        exchange.check_stream()
         exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
         prompts = await self._prompts(body)
         named = {param: prompt.tokens for param, prompt in prompts.items()}
