@@ -28,6 +28,7 @@ from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
 from shared.errors import SettingsError
+from shared.loop_lag import LoopLag
 from shared.probes import Probes, listen
 from shared.settings import GatewaySettings
 
@@ -91,6 +92,7 @@ async def serve(settings: GatewaySettings) -> None:
             metrics = Metrics(model)
             gateway = Gateway(settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores)
             await gateway.listen()
+            LoopLag(metrics.registry).start()
             await _run(gateway, listener, stop)
     finally:
         await bus.close()
