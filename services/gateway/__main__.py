@@ -92,7 +92,6 @@ async def serve(settings: GatewaySettings) -> None:
             metrics = Metrics(model)
             gateway = Gateway(settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores)
             await gateway.listen()
-            LoopLag(metrics.registry).start()
             await _run(gateway, listener, stop)
     finally:
         await bus.close()
@@ -111,6 +110,7 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         gc.collect()
         gc.freeze()  # what is here now stays for good
         gc.set_threshold(*GC_THRESHOLD)
+        LoopLag(gateway.metrics.registry).start()
         log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
         await stop.wait()
         await _drain(gateway, server, listener)
