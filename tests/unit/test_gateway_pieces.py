@@ -26,6 +26,10 @@ REST = {
 
 BODIES = {
     "messages": (ChatBody, REST | {"messages": CHAT * 100, "top_logprobs": 3, "logprobs": True}),
+    "parts": (
+        ChatBody,
+        REST | {"messages": [{"role": "user", "name": None, "content": [{"type": "text", "text": TEXT}] * 300}, *CHAT]},
+    ),
     "a message": (ChatBody, REST | {"messages": [{"role": "user", "content": "x" * 100_000}]}),
     "a text": (CompletionBody, REST | {"prompt": TEXT * 100}),
     "texts": (CompletionBody, REST | {"prompt": [TEXT * 10] * 20}),
@@ -62,6 +66,32 @@ WRONG = {
     "another model": encoded({"model": "x", "prompt": "x" * 100_000}),
     "too deep": b'{"model": "m", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
 }
+
+
+LONG = [{"type": "text", "text": "x"}] * 5000
+WRONG_CHATS = {
+    "a part": [{"role": "user", "content": [*LONG, {"type": "text"}]}],
+    "an image": [*CHAT, {"role": "user", "content": [*LONG, {"type": "image_url"}]}],
+    "a role beside parts": [*CHAT, {"role": "robot", "content": LONG}],
+    "tools beside parts": [*CHAT, {"role": "user", "content": LONG, "tool_calls": [1]}],
+    "a message of text only": [*CHAT, "x" * 70_000],
+    "content that is an object": [*CHAT, {"role": "user", "content": {"a": "x" * 70_000}}],
+    "a long role": [*CHAT, {"role": "x" * 70_000, "content": "a"}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CHATS)
+async def test_the_same_is_refused_of_messages(name):
+    data = encoded({"model": "m", "messages": WRONG_CHATS[name]})
+    with pytest.raises(BatonError) as large:
+        pieces._read_large(ChatBody, data, **LIMITS)
+    with pytest.raises(BatonError) as whole:
+        reading.read(ChatBody, data, **LIMITS)
+    assert (large.value.code, large.value.param, large.value.message) == (
+        whole.value.code,
+        whole.value.param,
+        whole.value.message,
+    )
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -12,7 +12,7 @@ import msgspec
 from pydantic import Field, TypeAdapter, ValidationError
 
 from services.gateway.edge import reading
-from services.gateway.edge.requests import Body, ChatBody, CompletionBody, FailFast, Message, TokenId
+from services.gateway.edge.requests import Body, ChatBody, CompletionBody, FailFast, Message, TextPart, TokenId
 from shared.errors import InvalidRequest
 
 B = TypeVar("B", bound=Body)
@@ -23,6 +23,7 @@ MAX_FIELD_BYTES = 128 * 1024  # of any other parameter: these are not cut
 MAX_FIELDS = 1000
 
 _MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(FailFast[Message])
+_PARTS: TypeAdapter[list[TextPart]] = TypeAdapter(FailFast[TextPart])
 _IDS: TypeAdapter[list[int]] = TypeAdapter(FailFast[Annotated[TokenId, Field(strict=True)]])
 _TEXTS: TypeAdapter[list[str]] = TypeAdapter(FailFast[Annotated[str, Field(strict=True)]])
 _LONG: dict[type[Body], tuple[str, bytes]] = {  # the parameter that is cut, and what stands for it meanwhile
@@ -77,11 +78,13 @@ def _check_sizes(fields: dict[str, memoryview]) -> None:
 
 
 def _messages(raw: memoryview) -> list[Message]:
-    items = [memoryview(item) for item in _decode(raw, list[msgspec.Raw])]
     messages: list[Message] = []
-    for piece in _pieces(items):
+    for piece in _pieces(_items(raw)):
         try:
-            messages += _MESSAGES.validate_json(b"[" + b",".join(piece) + b"]")
+            if len(piece) == 1 and piece[0].nbytes > PIECE_BYTES:
+                messages.append(_long_message(piece[0], len(messages)))
+            else:
+                messages += _MESSAGES.validate_json(_joined(piece))
         except ValidationError as error:
             raise reading.first(error, "messages", len(messages)) from None
     if not messages:
@@ -89,15 +92,43 @@ def _messages(raw: memoryview) -> list[Message]:
     return messages
 
 
+def _long_message(raw: memoryview, index: int) -> Message:
+    """Its parts are cut, too. Raises ValidationError for what the rest of it is."""
+    content = memoryview(b"")
+    if _opens(raw) == b"{":
+        fields = _decode(raw, dict[str, msgspec.Raw])
+        content = memoryview(fields.get("content", b""))
+    if _opens(content) != b"[":
+        return _MESSAGES.validate_json(_joined([raw]))[0]
+    message = _MESSAGES.validate_json(_joined([msgspec.json.encode(fields | {"content": ""})]))[0]
+    parts: list[TextPart] = []
+    for piece in _pieces(_items(content)):
+        try:
+            parts += _PARTS.validate_json(_joined(piece))
+        except ValidationError as error:
+            raise reading.first(error, f"messages[{index}].content", len(parts)) from None
+    message.content = parts
+    return message
+
+
+def _items(raw: memoryview) -> list[memoryview]:
+    return [memoryview(item) for item in _decode(raw, list[msgspec.Raw])]
+
+
+def _joined(items: list[memoryview] | list[bytes]) -> bytes:
+    return b"[" + b",".join(items) + b"]"
+
+
 def _pieces(items: list[memoryview]) -> Iterator[list[memoryview]]:
+    """A long one is a piece of its own."""
     piece: list[memoryview] = []
     size_bytes = 0
     for item in items:
-        piece.append(item)
-        size_bytes += item.nbytes
-        if size_bytes > PIECE_BYTES:
+        if piece and size_bytes + item.nbytes > PIECE_BYTES:
             yield piece
             piece, size_bytes = [], 0
+        piece.append(item)
+        size_bytes += item.nbytes
     if piece:
         yield piece
 
@@ -108,7 +139,7 @@ def _prompt(raw: memoryview, max_prompts: int) -> str | list[int] | list[str] | 
     first = bytes(raw[:64])[1:].lstrip()[:1]
     if first not in (b'"', b"["):
         return _ids(raw, "prompt")
-    items = [memoryview(item) for item in _decode(raw, list[msgspec.Raw])]
+    items = _items(raw)
     if len(items) > max_prompts:
         raise reading.too_many_prompts(max_prompts)
     if first == b'"':
@@ -120,7 +151,7 @@ def _texts(items: list[memoryview]) -> list[str]:
     texts: list[str] = []
     for item in items:
         try:
-            texts += _TEXTS.validate_json(b"[" + item + b"]")
+            texts += _TEXTS.validate_json(_joined([item]))
         except ValidationError as error:
             raise reading.first(error, "prompt", len(texts)) from None
     return texts
