@@ -47,6 +47,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto: shorter prompts are not split
     allow_anonymous: bool = False
     max_body_bytes: Count = 4 * 1024 * 1024
+    max_bodies_bytes: Count = 256 * 1024 * 1024  # of all bodies that are arriving or being checked
     max_n: Count = 16
     max_prompts: Count = 32  # in one completion request
     max_requests: Count = 4096  # in flight or queued in this gateway

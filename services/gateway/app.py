@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway import document, http_errors
+from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
@@ -31,6 +32,7 @@ class Front:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._intake = Intake(gateway.settings.max_bodies_bytes, gateway.metrics.registry)
         self._rest: ASGIApp = rest(gateway)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,6 +45,7 @@ class Front:
             scope,
             receive,
             send,
+            intake=self._intake,
             max_body_bytes=settings.max_body_bytes,
             body_s=settings.body_s,
             idle_s=settings.header_wait_s,

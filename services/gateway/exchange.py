@@ -14,6 +14,7 @@ from typing import Any
 from services.gateway import http_errors
 from services.gateway.chores import Chores
 from services.gateway.edge.connection import CUT
+from services.gateway.edge.intake import Intake
 from services.gateway.edge.render import WAITING, error_event
 from services.gateway.receipt import HEADER, Receipt, merged
 from shared.errors import BatonError, BodyTooLarge, Cancelled, InvalidRequest, RequestTimeout, UnsupportedMedia
@@ -28,10 +29,20 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 class Exchange:
     def __init__(
-        self, scope: Message, receive: Receive, send: Send, *, max_body_bytes: int, body_s: float, idle_s: float
+        self,
+        scope: Message,
+        receive: Receive,
+        send: Send,
+        *,
+        intake: Intake,
+        max_body_bytes: int,
+        body_s: float,
+        idle_s: float,
     ) -> None:
         self._receive = receive
         self._send = send
+        self._intake = intake
+        self._held_bytes = 0  # of the body, until it is checked
         self._max_body_bytes = max_body_bytes
         self._body_s = body_s
         self._idle_s = idle_s
@@ -53,10 +64,9 @@ class Exchange:
         return merged(self.receipts)
 
     async def body(self) -> bytes:
-        """Raises a RequestError, or Cancelled when the client leaves while sending."""
+        """Raises a RequestError, QueueFull, or Cancelled when the client leaves while sending."""
         self._check_headers()
         parts: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(self._body_s):
                 while True:
@@ -64,9 +74,10 @@ class Exchange:
                     if message["type"] == "http.disconnect":
                         raise Cancelled("the client left")
                     part: bytes = message.get("body", b"")
-                    size += len(part)
-                    if size > self._max_body_bytes:
+                    if self._held_bytes + len(part) > self._max_body_bytes:
                         raise self._too_large()
+                    self._intake.take(len(part))
+                    self._held_bytes += len(part)
                     parts.append(part)
                     if not message.get("more_body", False):
                         return b"".join(parts)
@@ -77,7 +88,13 @@ class Exchange:
         """From now on, until `release`: call `on_gone` when the client leaves, keep a silent stream alive."""
         self._watcher = chores.start(self._watch(on_gone))
 
+    def checked(self) -> None:
+        """The body is not held any more."""
+        self._intake.give_back(self._held_bytes)
+        self._held_bytes = 0
+
     def release(self) -> None:
+        self.checked()
         if self._watcher is not None:
             self._watcher.cancel()
 

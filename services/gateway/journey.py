@@ -120,6 +120,7 @@ class Journey:
         body = await pieces.read(
             self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
         )
+        exchange.checked()
         self._tier = body.tier
         exchange.streams = body.streamed
         exchange.check_stream()

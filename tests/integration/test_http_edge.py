@@ -277,6 +277,24 @@ async def test_a_slow_body(running):
     assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="client_error") == 2
 
 
+@settings(max_bodies_bytes=2 * len(GOOD))
+async def test_bodies_are_bounded_together(running):
+    gauge = "baton_body_bytes"
+    async with RawClient(running.url) as one, RawClient(running.url) as two, RawClient(running.url) as three:
+        for client in (one, two):
+            await client.send(head(LENGTH) + GOOD[:-1])
+        await running.until(lambda _: running.sample(gauge) == 2 * len(GOOD) - 2)
+        await three.send(head(LENGTH) + GOOD)
+        answer = await three.answer()
+        assert_error(answer, 429, "queue_full")
+        assert int(answer[1]["retry-after"]) >= 1
+        for client in (one, two):
+            await client.send(GOOD[-1:])
+            assert (await client.answer())[0] == 200
+    await assert_nothing_left(running)
+    assert running.sample(gauge) == 0
+
+
 @settings(max_connections=3)
 async def test_too_many_connections(running):
     async with RawClient(running.url) as one, RawClient(running.url) as two, RawClient(running.url) as three:
