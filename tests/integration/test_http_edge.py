@@ -214,6 +214,17 @@ async def test_requests_sent_ahead_are_bounded(running):
     assert running.sample("baton_connections_cut_total", reason=INVALID) == 1
 
 
+@settings(header_wait_s=0.2, progress_s=FOR_EVER_S)
+async def test_who_leaves_with_requests_sent_ahead_is_noticed(running):
+    """By the first of them, too, though uvicorn tells the last only."""
+    running.workers[0].script.pause_after = (1, asyncio.Event())
+    async with RawClient(running.url) as client:
+        await client.send((head(LENGTH) + GOOD) * 3)
+        await running.workers[0].until(lambda worker: worker.jobs)
+    await running.workers[0].until(lambda worker: worker.cancels)
+    await assert_nothing_left(running)
+
+
 async def test_garbage_behind_a_stream_does_not_get_into_it(running):
     content = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 20, "stream": True}).encode()
     running.workers[0].script.pause_after = (5, asyncio.Event())
