@@ -9,7 +9,10 @@ BatonError
 │   │   ├── ContextLengthExceeded
 │   │   └── UnsupportedParameter
 │   ├── ModelNotFound            404
+│   ├── RequestTimeout           408
 │   ├── BodyTooLarge             413
+│   ├── UnsupportedMedia         415
+│   ├── HeadersTooLarge          431
 │   └── Unauthorized             401
 ├── Refused                      no room: 429 or 503 with Retry-After, see `reason`
 │   ├── QueueFull, DeadlineInfeasible, KvMemory, RateLimited   429
@@ -64,6 +67,23 @@ class ModelNotFound(RequestError):
 class BodyTooLarge(RequestError):
     code = "request_too_large"
     status = 413
+
+
+class RequestTimeout(RequestError):
+    """Head or body did not arrive in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class UnsupportedMedia(RequestError):
+    code = "unsupported_media_type"
+    status = 415
+
+
+class HeadersTooLarge(RequestError):
+    code = "headers_too_large"
+    status = 431
 
 
 class Unauthorized(RequestError):

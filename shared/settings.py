@@ -76,6 +76,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     tier_weights: Weights = Weights()
     allow_anonymous: bool = False
     max_body_bytes: Count = 4 * 1024 * 1024
+    max_bodies_bytes: Count = 256 * 1024 * 1024  # of all bodies that are arriving or being checked
     max_n: Count = 16
     max_prompts: Count = 32  # in one completion request
     max_requests: Count = 4096  # in flight or queued in this gateway
@@ -85,6 +86,10 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower
+    header_s: Positive = 10.0  # for a request's head to arrive
+    body_s: Positive = 30.0  # for its body
+    write_s: Positive = 30.0  # a client that takes no bytes for this long is cut off
     header_wait_s: Positive = 15.0  # then headers go out and ': waiting' comments keep the stream alive
 
     def target(self, tier: str) -> Target:

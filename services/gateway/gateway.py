@@ -206,6 +206,9 @@ class Gateway:
                 ):
                     # The scope decides; the bus's own deadline is only there because it wants one.
                     reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
+                    # wait_for of Python 3.11, which nats-py uses, loses a cancellation that comes with the answer.
+                    if (task := asyncio.current_task()) is not None and task.cancelling():
+                        raise asyncio.CancelledError
         except TimeoutError:
             raise reason or Timeout(f"a worker did not answer within {timeout_s:g} s") from None
         self.fleet.report(worker, reply.backlog, time.monotonic())  # type: ignore[union-attr] # answers to jobs have it

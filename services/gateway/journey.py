@@ -15,7 +15,7 @@ from opentelemetry import trace
 from services.gateway import genai
 from services.gateway.admission import admit, fit
 from services.gateway.answer import Answer, answer
-from services.gateway.edge import reading
+from services.gateway.edge import pieces, reading
 from services.gateway.edge.render import Form, Prompt, Usage
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
@@ -120,16 +120,18 @@ class Journey:
     async def _edge(self) -> Asked:
         gateway, exchange, settings = self._gateway, self._exchange, self._gateway.settings
         data = await exchange.body()
-        body = reading.read(
+        body = await pieces.read(
             self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
         )
+        exchange.checked()
         self._tier = body.tier
         exchange.streams = body.streamed
+        exchange.check_stream()
         exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
         prompts = await self._prompts(body)
         named = {param: prompt.tokens for param, prompt in prompts.items()}
-        reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
         limits = [self._limit(body, tokens, param) for param, tokens in named.items()]
+        reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
         trace.get_current_span().set_attributes(
             genai.request(
                 chat=isinstance(body, ChatBody),

@@ -144,6 +144,7 @@ class Leg:
         self._tries.attempt += 1
         attempt = self._tries.attempt
         stream = gateway.streams.open(self._load.id, attempt, self._load.sampling.n, self._load.first_choice)
+        stream.on_overrun = out.overrun
         prefilling: Prefilling | None = None
         refused = False
         try:

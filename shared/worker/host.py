@@ -24,6 +24,7 @@ from shared import subjects, telemetry, wire
 from shared.bus import Bus
 from shared.errors import BatonError, Draining, EngineFailed, SettingsError
 from shared.kv.client import KvClient
+from shared.loop_lag import LoopLag
 from shared.probes import Probes
 from shared.settings import WorkerSettings, load, served_name, shown
 from shared.version import VERSION
@@ -84,6 +85,7 @@ class Worker:
         provider = telemetry.start(self._role, settings.id)
         async with AsyncExitStack() as stack:
             stack.callback(provider.shutdown)
+            LoopLag(self._metrics.registry).start()
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
             stack.push_async_callback(probes.close)

@@ -6,13 +6,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import openai
-import uvicorn
 
-from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
+from services.gateway.server import bound_sends, make_server
 from shared.bus import Bus
 from shared.prefix_index import open_redis
 from shared.probes import listen
@@ -45,6 +44,7 @@ class Running:
 async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     tokenizer = ChatTokenizer.load(settings.model)
     listener = listen("127.0.0.1", 0, setting="port")
+    bound_sends(listener)
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
         async with open_redis(settings.redis_url) as redis, Chores() as chores, asyncio.TaskGroup() as tasks:
@@ -52,9 +52,7 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
                 settings, MODEL, bus=bus, tokenizer=tokenizer, redis=redis, metrics=Metrics(MODEL), chores=chores
             )
             await gateway.listen()
-            server = uvicorn.Server(
-                uvicorn.Config(Front(gateway), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-            )
+            server = make_server(gateway)
             serving = tasks.create_task(server._serve([listener]))
             watching = tasks.create_task(gateway.watch("1", ""))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
