@@ -6,14 +6,15 @@ OpenAI's shape. Invariants: every concrete subclass has a unique `code`, and `fr
 BatonError
 ├── RequestError                 the client's fault: 4xx, never retried
 │   ├── InvalidRequest           400 invalid_request_error
-│   │   ├── ContextLengthExceeded
+│   │   ├── ContextLengthExceeded, ExceedsQuota
 │   │   └── UnsupportedParameter
 │   ├── ModelNotFound            404
 │   ├── BodyTooLarge             413
-│   └── Unauthorized             401
+│   ├── Unauthorized             401
+│   └── TierNotAllowed           403
 ├── Refused                      no room: 429 or 503 with Retry-After, see `reason`
 │   ├── QueueFull, DeadlineInfeasible, KvMemory, RateLimited   429
-│   └── NoCapacity, Draining                                   503
+│   └── NoCapacity, Draining, KeysUnavailable                  503
 └── ServiceError                 ours: 5xx
     ├── WorkerLost, WorkerStalled, OutputLost, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled,
     └── Internal
@@ -51,6 +52,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class ExceedsQuota(InvalidRequest):
+    """More tokens than the key may use in a minute. Not a 429: no client should send it again."""
+
+    code = "exceeds_quota"
+
+
 class UnsupportedParameter(InvalidRequest):
     code = "unsupported_parameter"
 
@@ -69,6 +76,12 @@ class Unauthorized(RequestError):
     code = "invalid_api_key"
     status = 401
     kind = "authentication_error"
+
+
+class TierNotAllowed(RequestError):
+    code = "tier_not_allowed"
+    status = 403
+    kind = "permission_error"
 
 
 class Refused(BatonError):
@@ -104,6 +117,13 @@ class NoCapacity(Refused):
 
 class Draining(Refused):
     code = "draining"
+    status = 503
+
+
+class KeysUnavailable(Refused):
+    """The keys could not be read yet, so nobody can be told from anybody."""
+
+    code = "keys_unavailable"
     status = 503
 
 

@@ -45,7 +45,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on its probe port, too
     arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto: shorter prompts are not split
-    allow_anonymous: bool = False
+    keys: str = ""  # of clients: empty for none, a YAML file's path, or redis
+    allow_anonymous: bool = False  # without keys: serve more than loopback
     max_body_bytes: Count = 4 * 1024 * 1024
     max_n: Count = 16
     max_prompts: Count = 32  # in one completion request
@@ -96,7 +97,7 @@ SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.
-LAUNCHER_KEYS = frozenset({"BATON_HOME"})
+LAUNCHER_KEYS = frozenset({"BATON_HOME", "BATON_API_KEY"})
 
 S = TypeVar("S", bound=CommonSettings)
 

@@ -19,6 +19,7 @@ import uvicorn
 import uvloop
 
 from services.gateway import shared_port
+from services.gateway.access.access import Access
 from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
@@ -59,7 +60,7 @@ def main() -> int:
 
 def check_exposure(settings: GatewaySettings) -> None:
     """Without keys only loopback is served. Raises SettingsError."""
-    if settings.allow_anonymous or settings.host == "localhost":
+    if settings.keys or settings.allow_anonymous or settings.host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(settings.host).is_loopback
@@ -68,7 +69,8 @@ def check_exposure(settings: GatewaySettings) -> None:
     if not loopback:
         raise SettingsError(
             f"setting 'host': {settings.host} is not loopback and no keys are configured; "
-            "set BATON_ALLOW_ANONYMOUS=true to serve everybody"
+            "set BATON_KEYS to a file of keys or to redis (see baton keys --help), or BATON_ALLOW_ANONYMOUS=true to "
+            "serve everybody"
         )
 
 
@@ -77,6 +79,9 @@ async def serve(settings: GatewaySettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model = configuration.served_name(settings.model, settings.served_model_name)
+    metrics = Metrics(model)
+    access = Access.open(settings, metrics.registry)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
@@ -84,14 +89,15 @@ async def serve(settings: GatewaySettings) -> None:
     except SettingsError:
         listener.close()
         raise
-    model = configuration.served_name(settings.model, settings.served_model_name)
     try:
         async with Chores() as chores:
-            metrics = Metrics(model)
-            gateway = Gateway(settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores)
+            gateway = Gateway(
+                settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores, access=access
+            )
             await gateway.listen()
             await _run(gateway, listener, stop)
     finally:
+        await access.close()
         await bus.close()
 
 

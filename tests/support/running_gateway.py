@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import openai
 import uvicorn
 
+from services.gateway.access.access import Access
 from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
@@ -43,11 +44,15 @@ class Running:
 @asynccontextmanager
 async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     tokenizer = ChatTokenizer.load(settings.model)
+    metrics = Metrics(MODEL)
+    access = Access.open(settings, metrics.registry)
     listener = listen("127.0.0.1", 0, setting="port")
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
         async with Chores() as chores, asyncio.TaskGroup() as tasks:
-            gateway = Gateway(settings, MODEL, bus=bus, tokenizer=tokenizer, metrics=Metrics(MODEL), chores=chores)
+            gateway = Gateway(
+                settings, MODEL, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores, access=access
+            )
             await gateway.listen()
             server = uvicorn.Server(
                 uvicorn.Config(Front(gateway), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
@@ -64,4 +69,5 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
                 await serving
                 watching.cancel()
     finally:
+        await access.close()
         await bus.close()
