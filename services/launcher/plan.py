@@ -30,6 +30,10 @@ KV_PROMPTS = 8
 ARENA_PROMPTS = 2
 GPU_SHARE = 0.9  # of a GPU's memory, over all engines on it
 
+# Of Redis: what would expire soonest goes first. So the prefix index's keys (an hour) go long before quotas' buckets (a
+# day) and usage (a year), and what never expires, as clients' keys, stays.
+EVICTION = "volatile-ttl"
+
 Programs = Mapping[str, Sequence[str]]  # role -> the command that starts it
 
 
@@ -142,7 +146,7 @@ def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Proce
                 *programs["redis"],
                 *("--port", "0", "--unixsocket", redis_socket, "--unixsocketperm", "700"),
                 *("--save", "", "--appendonly", "no", "--dir", place.run_folder, "--daemonize", "no"),
-                *("--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"),
+                *("--maxmemory", "256mb", "--maxmemory-policy", EVICTION),
             ),
         ),
     )
