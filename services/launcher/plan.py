@@ -43,6 +43,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     run_folder: str
     ports: tuple[int, ...]
     token: str  # who knows it may join the bus
+    redis_folder: str = ""  # where Redis keeps what it holds; empty: it keeps nothing
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +104,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         "arrangement": options.arrangement,
         "engine": options.engine,
         **({"sim_speed": f"{options.sim_speed:g}", "sim_kv": options.sim_kv} if options.engine == "sim" else {}),
+        "keys": options.keys,
         "host": options.host,
         "port": options.port,
         "shm_dir": options.shm_dir,
@@ -141,11 +143,12 @@ def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Proce
         Process(
             role="redis",
             id="redis-0",
-            # Port 0: no TCP at all. It is a cache, so nothing is saved.
+            # Port 0: no TCP at all. Only keys and usage are more than a cache.
             command=(
                 *programs["redis"],
                 *("--port", "0", "--unixsocket", redis_socket, "--unixsocketperm", "700"),
-                *("--save", "", "--appendonly", "no", "--dir", place.run_folder, "--daemonize", "no"),
+                *("--save", "", "--appendonly", "yes" if place.redis_folder else "no"),
+                *("--dir", place.redis_folder or place.run_folder, "--daemonize", "no"),
                 *("--maxmemory", "256mb", "--maxmemory-policy", EVICTION),
             ),
         ),

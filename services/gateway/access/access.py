@@ -17,6 +17,7 @@ from services.gateway.access.figures import Figures
 from services.gateway.access.gateways import Gateways
 from services.gateway.access.keyring import FileSource, Keyring, TableSource
 from services.gateway.access.quotas import Quotas, Taken
+from services.gateway.access.shared_buckets import SharedBuckets
 from services.gateway.access.usage import UsageLog
 from services.gateway.chores import Chores
 from services.gateway.edge.render import Usage
@@ -80,15 +81,19 @@ class Access:
         figures = Figures(registry)
         redis = open_redis(settings.redis_url)
         gateways = Gateways()
+        shared = SharedBuckets(redis, settings.cluster)
         parts = Parts(
             redis=redis,
             keyring=_keyring(settings, redis, figures),
             gateways=gateways,
-            quotas=Quotas(redis, settings.cluster, gateways, figures),
+            quotas=Quotas(shared, gateways, figures),
             usage=UsageLog(redis, settings.cluster, figures),
         )
         figures.live(
-            keys=lambda: len(parts.keyring), buckets=lambda: len(parts.quotas), pending=lambda: len(parts.usage)
+            keys=lambda: len(parts.keyring),
+            buckets=lambda: len(parts.quotas),
+            waiting=lambda: len(shared),
+            pending=lambda: len(parts.usage),
         )
         return cls(parts)
 
@@ -128,10 +133,10 @@ class Access:
 
         `headers`: of the answer, whatever it will be; x-ratelimit-* are put there.
         """
-        if self.parts is None or not client.is_limited:
+        if self.parts is None or self._chores is None or not client.is_limited:
             return Bill(client=client, model=model, prompt=wanted.prompt, charged=Amount(0, 0), shared=False)
         cost = Amount(1, _tokens(wanted, client.limits.tokens))
-        taken = await self.parts.quotas.take(client, cost)
+        taken = await self.parts.quotas.take(self._chores, client, cost)
         headers += rate_headers(client.limits, taken)
         if not taken.allowed:
             what = " and ".join(lacking(taken, cost))
@@ -149,7 +154,7 @@ class Access:
             tokens = bill.charged.tokens - used.prompt - used.completion
             back = Amount(bill.charged.requests - used.requests, tokens)
             if any(back):
-                self._chores.start(self.parts.quotas.give(bill.client, back, shared=bill.shared))
+                self._chores.start(self.parts.quotas.give(self._chores, bill.client, back, shared=bill.shared))
 
 
 def _keyring(settings: GatewaySettings, redis: Redis, figures: Figures) -> Keyring:
