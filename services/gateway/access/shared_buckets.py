@@ -3,8 +3,8 @@
 `baton:{cluster}:quota:{key id}`  hash  what is left of requests and tokens, and when that was; expires KEEP_S after its
 last use, long after it is full and long after the prefix index's keys, which therefore are evicted first.
 
-Invariants: answers come in the order in which Redis made them; the clock is Redis' own; a question is answered within
-twice ASK_S, by None when Redis is away; what was taken for a request that has gone meanwhile is given back.
+Invariants: answers come in the order in which Redis made them; the clock is Redis' own; a batch is answered within
+ASK_S, by None when Redis is away; what was taken for a request that has gone meanwhile is given back.
 """
 
 import asyncio
