@@ -6,17 +6,18 @@ OpenAI's shape. Invariants: every concrete subclass has a unique `code`, and `fr
 BatonError
 ├── RequestError                 the client's fault: 4xx, never retried
 │   ├── InvalidRequest           400 invalid_request_error
-│   │   ├── ContextLengthExceeded
+│   │   ├── ContextLengthExceeded, ExceedsQuota
 │   │   └── UnsupportedParameter
 │   ├── ModelNotFound            404
 │   ├── RequestTimeout           408
 │   ├── BodyTooLarge             413
 │   ├── UnsupportedMedia         415
 │   ├── HeadersTooLarge          431
-│   └── Unauthorized             401
+│   ├── Unauthorized             401
+│   └── TierNotAllowed           403
 ├── Refused                      no room: 429 or 503 with Retry-After, see `reason`
 │   ├── QueueFull, DeadlineInfeasible, KvMemory, RateLimited   429
-│   └── NoCapacity, Draining                                   503
+│   └── NoCapacity, Draining, KeysUnavailable                  503
 └── ServiceError                 ours: 5xx
     ├── WorkerLost, WorkerStalled, OutputLost, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled,
     ├── ResumeInexact
@@ -53,6 +54,12 @@ class InvalidRequest(RequestError):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class ExceedsQuota(InvalidRequest):
+    """More tokens than the key may use in a minute. Not a 429: no client should send it again."""
+
+    code = "exceeds_quota"
 
 
 class UnsupportedParameter(InvalidRequest):
@@ -92,6 +99,12 @@ class Unauthorized(RequestError):
     kind = "authentication_error"
 
 
+class TierNotAllowed(RequestError):
+    code = "tier_not_allowed"
+    status = 403
+    kind = "permission_error"
+
+
 class Refused(BatonError):
     """No room now. The code is the reason label on `baton_shed_total`."""
 
@@ -125,6 +138,13 @@ class NoCapacity(Refused):
 
 class Draining(Refused):
     code = "draining"
+    status = 503
+
+
+class KeysUnavailable(Refused):
+    """The keys could not be read yet, so nobody can be told from anybody."""
+
+    code = "keys_unavailable"
     status = 503
 
 

@@ -67,14 +67,13 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     port: Port = 8000
     share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on its probe port, too
     arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
-    local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = (
-        256  # auto, until speeds are known: shorter are not split
-    )
+    local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto, before speeds are known
     placement: Annotated[str, msgspec.Meta(pattern="^(predicted|least_loaded)$")] = "predicted"
     admission: Switch = "on"  # off: nothing is refused for its target, for comparison
     targets: Targets = Targets()  # e.g. {"default": {"ttft_s": 1.0}}
     tier_weights: Weights = Weights()
-    allow_anonymous: bool = False
+    keys: str = ""  # of clients: empty for none, a YAML file's path, or redis
+    allow_anonymous: bool = False  # without keys: serve more than loopback
     max_body_bytes: Count = 4 * 1024 * 1024
     max_bodies_bytes: Count = 256 * 1024 * 1024  # of all bodies that are arriving or being checked
     max_n: Count = 16
@@ -136,7 +135,7 @@ SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.
-LAUNCHER_KEYS = frozenset({"BATON_HOME"})
+LAUNCHER_KEYS = frozenset({"BATON_HOME", "BATON_API_KEY"})
 
 S = TypeVar("S", bound=CommonSettings)
 

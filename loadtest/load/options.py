@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="default: the first that the server lists")
     add("--api", choices=("chat", "completions"), help="default: as the workload says; traces use completions")
     add("--header", action="append", default=[], metavar="NAME:VALUE", help="sent with every request")
+    add("--api-key", metavar="KEY", help="default: the variable OPENAI_API_KEY, which other users cannot see")
 
     load = parser.add_argument_group("load")
     load.add_argument("--rate", type=float, help="open loop: requests (with turns: sessions) a second")
@@ -147,7 +149,7 @@ def checked(args: argparse.Namespace) -> Options:
         leave_share=args.leave_share,
         verify_share=args.verify,
         slo=Slo(ttft_s=args.slo_ttft, itl_s=args.slo_itl, itl_share=args.slo_itl_share),
-        headers=tuple(_header(one) for one in args.header),
+        headers=_headers(args),
     )
 
 
@@ -191,7 +193,11 @@ def shown(argv: Sequence[str]) -> list[str]:
     """A command line without the values of headers: they may be keys."""
     words = list(argv)
     for place, word in enumerate(words):
-        if word == "--header" and place + 1 < len(words):
+        if word == "--api-key" and place + 1 < len(words):
+            words[place + 1] = HIDDEN
+        elif word.startswith("--api-key="):
+            words[place] = f"--api-key={HIDDEN}"
+        elif word == "--header" and place + 1 < len(words):
             words[place + 1] = words[place + 1].partition(":")[0] + f":{HIDDEN}"
         elif word.startswith("--header="):
             words[place] = word.partition(":")[0] + f":{HIDDEN}"
@@ -210,6 +216,14 @@ def _check_ranges(args: argparse.Namespace) -> None:
     for name in ("leave_share", "verify", "slo_itl_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise SettingsError(f"--{name.replace('_', '-')}: a share from 0 to 1")
+
+
+def _headers(args: argparse.Namespace) -> tuple[tuple[str, str], ...]:
+    headers = [_header(one) for one in args.header]
+    key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
+    if key and all(name.lower() != "authorization" for name, _ in headers):
+        headers.append(_header(f"authorization:Bearer {key}"))
+    return tuple(headers)
 
 
 def _header(given: str) -> tuple[str, str]:

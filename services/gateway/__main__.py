@@ -19,6 +19,7 @@ import uvicorn
 import uvloop
 
 from services.gateway import shared_port
+from services.gateway.access.access import Access
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
@@ -26,10 +27,10 @@ from services.gateway.metrics import Metrics
 from services.gateway.server import bound_sends, make_server
 from shared import settings as configuration
 from shared import telemetry
+from shared.access.connection import open_redis
 from shared.bus import Bus
 from shared.errors import SettingsError
 from shared.loop_lag import LoopLag
-from shared.prefix_index import open_redis
 from shared.probes import Probes, listen
 from shared.settings import GatewaySettings
 
@@ -63,7 +64,7 @@ def main() -> int:
 
 def check_exposure(settings: GatewaySettings) -> None:
     """Without keys only loopback is served. Raises SettingsError."""
-    if settings.allow_anonymous or settings.host == "localhost":
+    if settings.keys or settings.allow_anonymous or settings.host == "localhost":
         return
     try:
         loopback = ipaddress.ip_address(settings.host).is_loopback
@@ -72,7 +73,8 @@ def check_exposure(settings: GatewaySettings) -> None:
     if not loopback:
         raise SettingsError(
             f"setting 'host': {settings.host} is not loopback and no keys are configured; "
-            "set BATON_ALLOW_ANONYMOUS=true to serve everybody"
+            "set BATON_KEYS to a file of keys or to redis (see baton keys --help), or BATON_ALLOW_ANONYMOUS=true to "
+            "serve everybody"
         )
 
 
@@ -81,6 +83,9 @@ async def serve(settings: GatewaySettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model = configuration.served_name(settings.model, settings.served_model_name)
+    metrics = Metrics(model)
+    access = Access.open(settings, metrics.registry)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
     bound_sends(listener)
     try:
@@ -89,16 +94,22 @@ async def serve(settings: GatewaySettings) -> None:
     except SettingsError:
         listener.close()
         raise
-    model = configuration.served_name(settings.model, settings.served_model_name)
     try:
         async with open_redis(settings.redis_url) as redis, Chores() as chores:
-            metrics = Metrics(model)
             gateway = Gateway(
-                settings, model, bus=bus, tokenizer=tokenizer, redis=redis, metrics=metrics, chores=chores
+                settings,
+                model,
+                bus=bus,
+                tokenizer=tokenizer,
+                redis=redis,
+                metrics=metrics,
+                chores=chores,
+                access=access,
             )
             await gateway.listen()
             await _run(gateway, listener, stop)
     finally:
+        await access.close()
         await bus.close()
 
 

@@ -14,12 +14,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway import document, http_errors
+from services.gateway.access.client import Client, unknown_model
+from services.gateway.access.gate import CLIENT, gated
 from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.journey import Journey
-from shared.errors import BatonError, ModelNotFound, RequestError
+from shared.errors import BatonError, RequestError
 from shared.version import VERSION
 
 CHAT = "/v1/chat/completions"
@@ -38,7 +40,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = HOT.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if kind is None:
-            await self._rest(scope, receive, send)
+            await gated(self._gateway, self._rest, scope, receive, send)
             return
         settings = self._gateway.settings
         exchange = Exchange(
@@ -62,7 +64,11 @@ def rest(gateway: Gateway) -> FastAPI:
     )
     started = int(time.time())
 
-    def model() -> dict[str, object]:
+    def model(request: Request) -> dict[str, object] | None:
+        """None where the key may not see it."""
+        client: Client = request.scope[CLIENT]
+        if not client.sees(gateway.model):
+            return None
         return {
             "id": gateway.model,
             "object": "model",
@@ -73,14 +79,15 @@ def rest(gateway: Gateway) -> FastAPI:
         }
 
     @app.get("/v1/models", responses={200: {"model": document.ModelList}})
-    async def models() -> dict[str, object]:
-        return {"object": "list", "data": [model()]}
+    async def models(request: Request) -> dict[str, object]:
+        return {"object": "list", "data": [one for one in [model(request)] if one is not None]}
 
     @app.get("/v1/models/{name:path}", responses={200: {"model": document.ModelCard}, **document.errors(404)})
-    async def one_model(name: str) -> dict[str, object]:
-        if name != gateway.model:
-            raise ModelNotFound("the model does not exist here; GET /v1/models lists what does", param="model")
-        return model()
+    async def one_model(request: Request, name: str) -> dict[str, object]:
+        found = model(request)
+        if name != gateway.model or found is None:
+            raise unknown_model()
+        return found
 
     @app.get("/health", responses={200: {"model": document.Health}})
     async def health() -> dict[str, str]:

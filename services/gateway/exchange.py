@@ -55,6 +55,8 @@ class Exchange:
         self._given_id = self._headers.get(b"x-request-id", b"").decode("latin-1")
         self.request_id = self._given_id if REQUEST_ID.fullmatch(self._given_id) else self.id
         self.traceparent = self._headers.get(b"traceparent", b"").decode("latin-1")
+        self.authorization = self._headers.get(b"authorization", b"")
+        self.headers: http_errors.Headers = []  # of the answer, beside its own
         self.receipts = [Receipt()]  # one a prompt
         self.streams = False  # the client asked for events
         self.started = False  # headers are out
@@ -151,7 +153,7 @@ class Exchange:
             raise self._too_large()
 
     async def _start(self, status: int, headers: http_errors.Headers) -> None:
-        headers.append((b"x-request-id", self.request_id.encode()))
+        headers += [(b"x-request-id", self.request_id.encode()), *self.headers]
         if self.receipt.path is not None:
             headers.append((HEADER, self.receipt.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from redis.asyncio import Redis
 
+from services.gateway.access.access import Access
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
@@ -58,13 +59,17 @@ class Gateway:
         redis: Redis,
         metrics: Metrics,
         chores: Chores,
+        access: Access | None = None,
     ) -> None:
+        """`access`: without it everybody is let in."""
         self.settings = settings
         self.model = model  # served name
         self.bus = bus
         self.tokenizer = tokenizer
         self.metrics = metrics
         self.chores = chores
+        self.access = access or Access()
+        self.access.start(chores)
         self.fleet = Fleet(model, gateway=settings.id, arrangement=settings.arrangement)
         self.fleet.on_change(self._fleet_changed)
         self.seating = Seating(settings, self.fleet)
@@ -123,7 +128,9 @@ class Gateway:
         """Why a load balancer should send nobody here; None when it may."""
         if self.draining:
             return "draining"
-        return None if self.seen_path else "no complete path through the cluster has been ready yet"
+        if not self.seen_path:
+            return "no complete path through the cluster has been ready yet"
+        return self.access.not_ready()
 
     def snapshot(self, *, more: int, tokens: int) -> Snapshot:
         """`more`: prompts that a request has beyond its first; `tokens`: of all of them."""
@@ -273,6 +280,8 @@ class Gateway:
         if isinstance(message, wire.Heartbeat):
             if message.id == self.settings.id:
                 self._heard_self_at = time.monotonic()
+            if message.role == "gateway":
+                self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
 
     def _on_batch(self, message: wire.AnyMessage) -> None:

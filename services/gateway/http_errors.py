@@ -5,7 +5,7 @@ import math
 import msgspec
 
 from services.gateway.edge.render import error_body
-from shared.errors import BatonError
+from shared.errors import BatonError, Unauthorized
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -14,4 +14,6 @@ def render(error: BatonError) -> tuple[int, Headers, bytes]:
     headers: Headers = []
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b'Bearer realm="baton"'))
     return error.status, headers, msgspec.json.encode(error_body(error))

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from opentelemetry import trace
 
 from services.gateway import genai
+from services.gateway.access.access import Bill, Wanted
+from services.gateway.access.client import ANONYMOUS
 from services.gateway.admission import admit, fit
 from services.gateway.answer import Answer, answer
 from services.gateway.edge import pieces, reading
@@ -21,7 +23,6 @@ from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.leg import Leg
-from services.gateway.metrics import TENANT
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
@@ -49,6 +50,9 @@ class Journey:
         self._kind = kind
         self._courses = [Course()]  # of the legs; until they begin, the first is the request's
         self._tier = "default"
+        self._client = ANONYMOUS  # until the edge knows better
+        self._bill: Bill | None = None  # from admission on
+        self._legs: list[Leg] = []
         self._began = time.monotonic()
         self._scope: asyncio.Timeout | None = None
         self._verdict: BatonError | None = None
@@ -90,6 +94,7 @@ class Journey:
                 for course in self._courses:
                     course.fail()
                 exchange.release()
+                self._settle(error)
                 gateway.leave(self)
             if error is not None:
                 span.set_attributes(genai.error(error.code))
@@ -109,22 +114,25 @@ class Journey:
 
     async def _stages(self) -> None:
         asked = await self._edge()
-        self._admit(asked.prompts)
+        await self._admit(asked)
         out = answer(self._exchange, self._form(asked))
-        legs = self._legs(asked)
-        usages = await _together([leg.run(out) for leg in legs])
-        await self._end(out, legs, Usage.total(usages, answered=asked.body.limit() != 0))
+        self._legs = self._made_legs(asked)
+        usages = await _together([leg.run(out) for leg in self._legs])
+        await self._end(out, Usage.total(usages, answered=asked.body.limit() != 0))
 
     # ---- 1: edge -------------------------------------------------------------------------------------------
 
     async def _edge(self) -> Asked:
         gateway, exchange, settings = self._gateway, self._exchange, self._gateway.settings
+        self._client = gateway.access.client(exchange.authorization)
+        trace.get_current_span().set_attribute("baton.tenant", self._client.tenant)
         data = await exchange.body()
         body = await pieces.read(
             self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
         )
         exchange.checked()
         self._tier = body.tier
+        self._client.check(model=body.model, tier=body.tier)
         exchange.streams = body.streamed
         exchange.check_stream()
         exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
@@ -170,15 +178,30 @@ class Journey:
 
     # ---- 2 and 3: admission, and a leg for each prompt -----------------------------------------------------
 
-    def _admit(self, prompts: list[Prompt]) -> None:
+    async def _admit(self, asked: Asked) -> None:
         self._courses[0].enter(State.ADMISSION)
-        more = len(prompts) - 1
-        admit(self._gateway.snapshot(more=more, tokens=sum(len(prompt.tokens) for prompt in prompts)))
+        await self._charge(asked)
+        more = len(asked.prompts) - 1
+        admit(self._gateway.snapshot(more=more, tokens=sum(len(prompt.tokens) for prompt in asked.prompts)))
         self._courses += [Course(State.ADMISSION) for _ in range(more)]
         self._exchange.receipts += [Receipt() for _ in range(more)]
         self._gateway.more_prompts(more)
 
-    def _legs(self, asked: Asked) -> list[Leg]:
+    async def _charge(self, asked: Asked) -> None:
+        body = asked.body
+        wanted = Wanted(
+            prompt=sum(len(prompt.tokens) for prompt in asked.prompts),
+            completion=sum(asked.limits) * (body.n or 1),
+            bounded=body.limit() is not None,
+        )
+        self._bill = await self._gateway.access.charge(self._client, body.model, wanted, self._exchange.headers)
+
+    def _settle(self, error: BatonError | None) -> None:
+        if self._bill is not None:
+            began, generated = any(leg.began for leg in self._legs), sum(leg.generated for leg in self._legs)
+            self._gateway.access.settle(self._bill, error, began=began, generated=generated)
+
+    def _made_legs(self, asked: Asked) -> list[Leg]:
         body, id_, many = asked.body, self._exchange.id, len(asked.prompts) > 1
         loads = [
             Load(
@@ -192,16 +215,30 @@ class Journey:
         ]
         parts = zip(loads, asked.hits, self._courses, self._exchange.receipts, strict=True)
         return [
-            Leg(self._gateway, load, course, receipt, began=self._began, tier=self._tier, tenant=TENANT, hits=hits)
+            Leg(
+                self._gateway,
+                load,
+                course,
+                receipt,
+                began=self._began,
+                tier=self._tier,
+                tenant=self._client.tenant,
+                hits=hits,
+            )
             for load, hits, course, receipt in parts
         ]
 
     # ---- 4 to 8 are in leg.py; 9: the end ------------------------------------------------------------------
 
-    async def _end(self, out: Answer, legs: list[Leg], usage: Usage) -> None:
+    async def _end(self, out: Answer, usage: Usage) -> None:
+        legs = self._legs
+        if self._bill is not None:
+            self._bill.usage = usage
         reasons = [reason for leg in legs for reason in leg.finish_reasons]
         trace.get_current_span().set_attributes(genai.response(usage, reasons))
-        self._gateway.metrics.served(usage, time.monotonic() - min(leg.first_token_at for leg in legs))
+        self._gateway.metrics.served(
+            usage, time.monotonic() - min(leg.first_token_at for leg in legs), self._client.tenant
+        )
         await out.end(usage)
 
     def _form(self, asked: Asked) -> Form:

@@ -88,6 +88,12 @@ class Leg:
         self.first_token_at = 0.0
         self._last_token_at = 0.0
         self.finish_reasons: list[str] = []
+        self.generated = 0  # tokens, in all attempts
+
+    @property
+    def began(self) -> bool:
+        """A worker was asked."""
+        return self._tries.attempt >= 0
 
     async def run(self, out: Answer) -> Usage:
         """Raises the error that ends it."""
@@ -164,6 +170,7 @@ class Leg:
             refused = True
             raise
         finally:
+            self.generated += stream.tokens
             gateway.streams.close(stream)
             if prefilling is not None:
                 prefilling.close()

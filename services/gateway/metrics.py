@@ -11,7 +11,6 @@ from services.gateway.edge.render import Usage
 from shared.errors import BatonError, Cancelled, Refused, RequestError
 from shared.process_metrics import watch_process
 
-TENANT = "anonymous"  # until keys name one
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 10.0)
 
@@ -98,10 +97,10 @@ class Metrics:
         if isinstance(error, Refused):
             self._shed.labels(error.code).inc()
 
-    def served(self, usage: Usage, decoding_s: float) -> None:
-        """`decoding_s`: from the first token to the last."""
+    def served(self, usage: Usage, decoding_s: float, tenant: str) -> None:
+        """`decoding_s`: from the first token to the last. `tenant`: one that a key names, so they are few."""
         for kind, count in (("prompt", usage.prompt), ("cached", usage.cached), ("completion", usage.completion)):
-            self._tokens.labels(TENANT, self._model, kind).inc(count)
+            self._tokens.labels(tenant, self._model, kind).inc(count)
         if usage.completion > 1:
             self._genai_gap.observe(decoding_s / (usage.completion - 1))
 

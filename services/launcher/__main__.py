@@ -10,6 +10,7 @@ from services.launcher.brokers import find_nats, find_redis
 from services.launcher.commands.chat import chat
 from services.launcher.commands.config import config
 from services.launcher.commands.down import down
+from services.launcher.commands.keys import keys
 from services.launcher.commands.logs import logs
 from services.launcher.commands.status import status
 from services.launcher.commands.tap import tap
@@ -65,7 +66,11 @@ def _run(flags: argparse.Namespace, programs: Callable[[], Programs]) -> int:
     if flags.command == "down":
         return down(folder, port)
     if flags.command == "chat":
-        return chat(folder, port, " ".join(flags.text), temperature=flags.temperature, max_tokens=flags.max_tokens)
+        key = flags.key or os.environ.get("BATON_API_KEY", "")
+        text = " ".join(flags.text)
+        return chat(folder, port, text, temperature=flags.temperature, max_tokens=flags.max_tokens, key=key)
+    if flags.command == "keys":
+        return keys(flags, folder, os.environ)
     if flags.command == "logs":
         return logs(folder, port, flags.id, follow=flags.follow)
     return tap(folder, port, flags.subject, flags.count)

@@ -10,12 +10,14 @@ from typing import Any, NoReturn
 import msgspec
 import yaml
 
+from services.launcher.key_flags import add_keys_flags
 from services.launcher.refusal import Refusal
 from shared.settings import CONFIG_KEY, LAUNCHER_KEYS, PREFIX, SERVICES, Speed, Switch
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
 DEMO_NAME = "baton-demo"
 DEFAULT_PORT = 8000
+USUAL_KEYS = "usual"  # --keys without a value
 # The launcher gives every process its own; one value from the shell for all of them could only break the cluster.
 OWN_KEYS = frozenset(
     {"cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "share_port", "kv_socket"}
@@ -39,6 +41,7 @@ class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     kv_gib: float = 0.0  # 0: the launcher chooses
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
+    keys: str = ""  # a file's full path, or redis
     detach: bool = False
     shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
     given: dict[str, Any] = {}  # settings from variables and file, for every service that knows the key
@@ -74,6 +77,8 @@ def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions
     values["given"] = {key: value for key, value in given.items() if key not in UpOptions.__struct_fields__}
     if isinstance(values.get("sim_kv"), bool):
         values["sim_kv"] = "on" if values["sim_kv"] else "off"  # YAML reads the bare words so
+    if values.get("keys"):
+        values["keys"] = _keys(str(values["keys"]))
     if "model" not in values and "served_model_name" not in values:
         values["served_model_name"] = DEMO_NAME
     try:
@@ -123,9 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", "send one message through the gateway and stream the answer"),
         ("logs", "show the logs of all processes or of one"),
         ("tap", "print the traffic on the bus"),
+        ("keys", "make, list and revoke API keys, and read what was used"),
         ("config", "print the resolved settings of every service, secrets redacted"),
     ):
         command = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        if name == "keys":
+            add_keys_flags(command, DEFAULT_PORT)
+            continue
         command.add_argument("--port", type=int, help=f"the cluster's port (default {DEFAULT_PORT})")
         if name in ("up", "config"):
             _add_up_flags(command)
@@ -148,7 +157,14 @@ def _add_up_flags(command: argparse.ArgumentParser) -> None:
     add("--sim-kv", choices=("on", "off"), help="sim: off hands over 64 bytes a block instead of the KV (default on)")
     add("--arena-gib", type=float, metavar="X", help="shared memory for KV blocks (default: chosen by memory)")
     add("--kv-gib", type=float, metavar="X", help="each engine's own KV cache on CPU (default: chosen by model)")
-    add("--host", metavar="H", help="where the gateway listens (default 127.0.0.1)")
+    add("--host", metavar="H", help="where the gateway listens (default 127.0.0.1; others need --keys)")
+    add(
+        "--keys",
+        nargs="?",
+        const=USUAL_KEYS,
+        metavar="PATH|redis",
+        help="let in only who has a key: from a file (default ~/.baton/keys.yaml) or the cluster's Redis",
+    )
 
 
 def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
@@ -161,6 +177,7 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
         add("text", nargs="+", metavar="TEXT")
         add("--temperature", type=float, default=0.0, help="default 0: always the likeliest token")
         add("--max-tokens", type=int, default=512, help="default 512")
+        add("--key", help="the API key (default: the variable BATON_API_KEY, which other users cannot see)")
     elif name == "logs":
         add("id", nargs="?", metavar="ID", help="e.g. prefill-0, gateway-0 or launcher")
         add("-f", "--follow", action="store_true", help="go on as lines are written")
@@ -172,6 +189,12 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
 def _refuse_what_comes_later(flags: argparse.Namespace) -> None:
     if flags.nodes != 1:
         raise Refusal(f"--nodes {flags.nodes}: only 1 is supported; more nodes come with a later version")
+
+
+def _keys(given: str) -> str:
+    if given == "redis":
+        return given
+    return str(home() / "keys.yaml" if given == USUAL_KEYS else Path(given).expanduser().absolute())
 
 
 def _engine_args(given: Any, flags: Sequence[str]) -> dict[str, Any]:

@@ -30,6 +30,10 @@ KV_PROMPTS = 8
 ARENA_PROMPTS = 2
 GPU_SHARE = 0.9  # of a GPU's memory, over all engines on it
 
+# Of Redis: what would expire soonest goes first. So the prefix index's keys (an hour) go long before quotas' buckets (a
+# day) and usage (a year), and what never expires, as clients' keys, stays.
+EVICTION = "volatile-ttl"
+
 Programs = Mapping[str, Sequence[str]]  # role -> the command that starts it
 
 
@@ -39,6 +43,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     run_folder: str
     ports: tuple[int, ...]
     token: str  # who knows it may join the bus
+    redis_folder: str = ""  # where Redis keeps what it holds; empty: it keeps nothing
 
 
 class Process(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +104,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         "arrangement": options.arrangement,
         "engine": options.engine,
         **({"sim_speed": f"{options.sim_speed:g}", "sim_kv": options.sim_kv} if options.engine == "sim" else {}),
+        "keys": options.keys,
         "host": options.host,
         "port": options.port,
         "shm_dir": options.shm_dir,
@@ -137,12 +143,13 @@ def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Proce
         Process(
             role="redis",
             id="redis-0",
-            # Port 0: no TCP at all. It is a cache, so nothing is saved.
+            # Port 0: no TCP at all. Only keys and usage are more than a cache.
             command=(
                 *programs["redis"],
                 *("--port", "0", "--unixsocket", redis_socket, "--unixsocketperm", "700"),
-                *("--save", "", "--appendonly", "no", "--dir", place.run_folder, "--daemonize", "no"),
-                *("--maxmemory", "256mb", "--maxmemory-policy", "allkeys-lru"),
+                *("--save", "", "--appendonly", "yes" if place.redis_folder else "no"),
+                *("--dir", place.redis_folder or place.run_folder, "--daemonize", "no"),
+                *("--maxmemory", "256mb", "--maxmemory-policy", EVICTION),
             ),
         ),
     )

@@ -41,6 +41,7 @@ def command() -> list[str]:
         ({"BATON_MODEL": "/nowhere"}, "there is no folder /nowhere"),
         ({"BATON_MODLE": "x"}, "modle"),
         ({"BATON_PORT": "many"}, "'port'"),
+        ({"BATON_KEYS": "/nowhere", "BATON_HOST": "0.0.0.0"}, "setting 'keys': /nowhere: No such file"),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_2(environ, change, words):

@@ -121,7 +121,7 @@ def test_brokers_keep_others_out_and_allow_what_baton_needs(baton: Launches) -> 
         asyncio.run(max_payload(f"nats://{host}"))
     cache = redis.Redis(unix_socket_path=f"{record.run_folder}/redis.sock")
     assert cache.config_get("maxmemory")["maxmemory"] == str(256 * 1024 * 1024)
-    assert cache.config_get("maxmemory-policy")["maxmemory-policy"] == "allkeys-lru"
+    assert cache.config_get("maxmemory-policy")["maxmemory-policy"] == "volatile-ttl"
     assert cache.config_get("save")["save"] == ""
     assert Path(record.run_folder).stat().st_mode & 0o077 == 0
     listening = {

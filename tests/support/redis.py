@@ -23,16 +23,17 @@ def binary() -> str:
 
 
 class RedisServer:
-    """Memory only: after `stop` and `start` it has forgotten everything."""
+    """Memory only: after `stop` and `start` it has forgotten everything. `more`: of its command line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *more: str) -> None:
+        self._more = more
         self.path = folder / "redis.sock"
         self.url = f"unix://{self.path}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [binary(), "--port", "0", "--unixsocket", str(self.path), "--save", "", "--appendonly", "no"],
+            [binary(), "--port", "0", "--unixsocket", str(self.path), "--save", "", "--appendonly", "no", *self._more],
             cwd=self.path.parent,
             stdout=subprocess.DEVNULL,
         )

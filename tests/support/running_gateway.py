@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import openai
 
+from services.gateway.access.access import Access
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.server import bound_sends, make_server
+from shared.access.connection import open_redis
 from shared.bus import Bus
-from shared.prefix_index import open_redis
 from shared.probes import listen
 from shared.settings import GatewaySettings
 
@@ -43,13 +44,22 @@ class Running:
 @asynccontextmanager
 async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     tokenizer = ChatTokenizer.load(settings.model)
+    metrics = Metrics(MODEL)
+    access = Access.open(settings, metrics.registry)
     listener = listen("127.0.0.1", 0, setting="port")
     bound_sends(listener)
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
         async with open_redis(settings.redis_url) as redis, Chores() as chores, asyncio.TaskGroup() as tasks:
             gateway = Gateway(
-                settings, MODEL, bus=bus, tokenizer=tokenizer, redis=redis, metrics=Metrics(MODEL), chores=chores
+                settings,
+                MODEL,
+                bus=bus,
+                tokenizer=tokenizer,
+                redis=redis,
+                metrics=metrics,
+                chores=chores,
+                access=access,
             )
             await gateway.listen()
             server = make_server(gateway)
@@ -65,4 +75,5 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
                 await serving
                 watching.cancel()
     finally:
+        await access.close()
         await bus.close()

@@ -173,7 +173,8 @@ def test_every_error_becomes_http(code):
     status, headers, body = http_errors.render(cls("words", param="p", retry_after_s=1.2))
     error = json.loads(body)["error"]
     assert error == {"message": "words", "type": cls.kind, "param": "p", "code": code}
-    assert dict(headers) == {b"retry-after": b"2"}
+    challenge = {b"www-authenticate": b'Bearer realm="baton"'} if status == 401 else {}
+    assert dict(headers) == {b"retry-after": b"2", **challenge}
     assert 400 <= status < 600
     assert (status < 500) == issubclass(cls, RequestError | Cancelled) or issubclass(cls, Refused)
     assert metrics.outcome(cls("words")) in {"client_error", "shed", "error", "cancelled"}

@@ -126,7 +126,7 @@ def test_the_port_comes_from_the_variable_without_a_flag(given: dict[str, str], 
     assert port_option(read_flags(["status"]), given) == port
 
 
-@pytest.mark.parametrize("command", ["trace", "keys"])
+@pytest.mark.parametrize("command", ["trace"])
 def test_commands_of_later_versions_are_unknown(command: str) -> None:
     with pytest.raises(Refusal, match="invalid choice"):
         read_flags([command])

@@ -81,6 +81,18 @@ def test_every_service_reads_the_settings_that_were_planned() -> None:
     assert gateway["served_model_name"] == worker["served_model_name"] == "small"
 
 
+def test_only_a_cluster_that_wants_keys_keeps_what_redis_holds() -> None:
+    options = UpOptions(keys="redis", host="0.0.0.0")
+    place = Place(run_folder="/run/x", ports=tuple(range(4)), token="t", redis_folder="/kept")  # noqa: S106
+    made = plan(options, LAPTOP, SMALL, PROGRAMS, place)
+    assert msgspec.structs.asdict(resolved(one(made, "gateway-0")))["keys"] == "redis"
+    command = " ".join(one(made, "redis-0").command)
+    assert "--appendonly yes" in command
+    assert "--dir /kept" in command
+    assert "--appendonly no" in " ".join(one(make(), "redis-0").command)
+    assert "--maxmemory-policy volatile-ttl" in command
+
+
 def test_no_command_line_holds_the_token() -> None:
     assert "secret" not in str([process.command for process in make().processes])
 

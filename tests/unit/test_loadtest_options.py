@@ -87,6 +87,21 @@ def test_keys_are_not_written_down():
     assert options.shown(words)[:4] == words[:4]
 
 
+def test_an_api_key_is_sent_and_not_written_down(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert options.checked(parsed("chat", "--rate", "1")).headers == ()
+    for words in (["--api-key", "hush"], ["--api-key=hush"]):
+        read = options.checked(parsed("chat", "--rate", "1", *words))
+        assert read.headers == (("authorization", "Bearer hush"),)
+        assert "hush" not in str(read.described())
+        assert "hush" not in str(options.shown(words))
+    monkeypatch.setenv("OPENAI_API_KEY", "other")
+    assert options.checked(parsed("chat", "--rate", "1")).headers == (("authorization", "Bearer other"),)
+    assert options.checked(parsed("chat", "--rate", "1", "--header", "Authorization: x")).headers == (
+        ("Authorization", "x"),
+    )
+
+
 def test_texts_that_nobody_knows_cannot_be_verified():
     with pytest.raises(SettingsError, match="--verify"):
         expected.of_engine("models/demo", {"engine": "vllm"})

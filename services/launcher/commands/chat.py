@@ -10,12 +10,14 @@ from services.launcher.refusal import Refusal
 from services.launcher.state import ClusterFolder
 
 ANSWER_S = 600.0
+UNAUTHORIZED = httpx.codes.UNAUTHORIZED
 
 
-def chat(folder: ClusterFolder, port: int, text: str, *, temperature: float, max_tokens: int) -> int:
+def chat(folder: ClusterFolder, port: int, text: str, *, temperature: float, max_tokens: int, key: str = "") -> int:
     record = folder.read()
     address = record.address if record else f"http://127.0.0.1:{port}"  # perhaps started in another way
-    with httpx.Client(base_url=address, timeout=ANSWER_S, trust_env=False) as client:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=address, timeout=ANSWER_S, trust_env=False, headers=headers) as client:
         try:
             body = {
                 "model": record.model if record else _first_model(client),
@@ -26,7 +28,8 @@ def chat(folder: ClusterFolder, port: int, text: str, *, temperature: float, max
             }
             with client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != httpx.codes.OK:
-                    raise Refusal(_message(answer.read()))
+                    hint = "; baton chat takes it from BATON_API_KEY" if answer.status_code == UNAUTHORIZED else ""
+                    raise Refusal(_message(answer.read()) + hint)
                 return _print_stream(answer)
         except httpx.ConnectError as error:
             raise Refusal(f"nothing answers at {address}: start a cluster with baton up --port {port}") from error
@@ -54,7 +57,10 @@ def _print_stream(answer: httpx.Response) -> int:
 
 
 def _first_model(client: httpx.Client) -> str:
-    return str(client.get("/v1/models").json()["data"][0]["id"])
+    answer = client.get("/v1/models")
+    if answer.status_code != httpx.codes.OK:
+        raise Refusal(_message(answer.content))
+    return str(answer.json()["data"][0]["id"])
 
 
 def _message(body: bytes) -> str:

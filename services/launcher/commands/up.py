@@ -20,6 +20,7 @@ import httpx
 from services.launcher import detach
 from services.launcher.cluster import Cluster
 from services.launcher.health import probe_client
+from services.launcher.key_store import check_keys
 from services.launcher.machine import free_ports, hold_port, port_taken, read_machine
 from services.launcher.model import read_model
 from services.launcher.options import UpOptions
@@ -33,6 +34,7 @@ from shared.settings import PREFIX
 
 def up(options: UpOptions, folder: ClusterFolder, programs: Programs) -> int:
     """Runs until stopped; with --detach only until ready."""
+    check_keys(options.keys)
     folder.create()
     if options.detach:
         return detach.in_background(
@@ -81,12 +83,24 @@ def _launch_there(options: UpOptions, folder: ClusterFolder, programs: Programs,
     run_folder = _run_folder()
     try:
         place = Place(
-            run_folder=run_folder, ports=tuple(free_ports(ports_needed(options))), token=secrets.token_urlsafe(24)
+            run_folder=run_folder,
+            ports=tuple(free_ports(ports_needed(options))),
+            token=secrets.token_urlsafe(24),
+            redis_folder=_redis_folder(options, folder),
         )
         chosen = plan(options, machine, model, programs, place)
         return asyncio.run(_run(chosen, options, folder, announce))
     finally:
         shutil.rmtree(run_folder, ignore_errors=True)
+
+
+def _redis_folder(options: UpOptions, folder: ClusterFolder) -> str:
+    """Where Redis keeps what must outlive it: keys and usage."""
+    if not options.keys:
+        return ""
+    kept = folder.path / "redis"
+    kept.mkdir(mode=0o700, exist_ok=True)
+    return str(kept)
 
 
 def _run_folder() -> str:
@@ -155,16 +169,19 @@ async def _welcome(chosen: Plan, options: UpOptions, folder: ClusterFolder, took
         "max_tokens": 64,
     }
     url = f"{chosen.address}/v1/chat/completions"
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if options.keys else ""
     lines = [
         f"Ready after {took_s:.0f} s: {chosen.address}/v1 serves {chosen.served_model_name}",
         "",
-        f"  curl {url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(question))}",
+        f"  curl {url} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(question))}",
         "",
     ]
     async with probe_client() as client:
         with contextlib.suppress(httpx.HTTPError):
             if (await client.get(f"{chosen.address}/dashboard")).status_code == httpx.codes.OK:
                 lines.append(f"  dashboard  {chosen.address}/dashboard")
+    if options.keys:
+        lines.append(f"  keys       from {options.keys}; {me} keys add{port} --tenant NAME makes one")
     stop = f"{me} down{port}" if options.detach else f"Ctrl-C, or {me} down{port}"
     return [
         *lines,
