@@ -92,8 +92,8 @@ class Journey:
                 for course in self._courses:
                     course.fail()
                 exchange.release()
-                self._settle(error)
                 gateway.leave(self, served=all(course.state is State.DONE for course in self._courses))
+                self._settle(error)
             if error is not None:
                 span.set_attributes(genai.error(error.code))
                 span.set_status(trace.StatusCode.ERROR, error.code)
