@@ -94,8 +94,8 @@ class Journey:
                 for course in self._courses:
                     course.fail()
                 exchange.release()
-                self._settle(error)
                 gateway.leave(self)
+                self._settle(error)
             if error is not None:
                 span.set_attributes(genai.error(error.code))
                 span.set_status(trace.StatusCode.ERROR, error.code)

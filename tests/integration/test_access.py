@@ -9,6 +9,7 @@ import openai
 import pytest
 from redis import Redis
 
+from services.gateway.access.buckets import Amount
 from services.gateway.access.shared_buckets import KEEP_S, bucket_name
 from services.launcher import plan
 from shared import wire
@@ -94,7 +95,7 @@ async def test_no_body_is_read_of_a_stranger(keyed):
 async def test_what_is_open_and_what_is_not(keyed):
     keyed.add("good")
     bearer = {"authorization": f"Bearer {keyed.secrets['good']}"}
-    forwarded = {"x-forwarded-for": "203.0.113.7"}
+    forwarded = {"forwarded": "for=203.0.113.7"}
     async with keyed.gateway() as running, httpx.AsyncClient(base_url=running.url, timeout=WAIT_S) as client:
         await keyed.cluster.add(running, "decode-0")  # by then the server listens
 
@@ -105,6 +106,7 @@ async def test_what_is_open_and_what_is_not(keyed):
         assert await status("/ready", forwarded) == 200
         assert await status("/metrics") == 200
         assert await status("/metrics", forwarded) == 401
+        assert await status("/metrics", {"x-forwarded-for": "203.0.113.7"}) == 401
         assert await status("/metrics", forwarded | bearer) == 200
         assert await status("/openapi.json", forwarded) == 401
         assert await status("/nowhere", forwarded) == 401
@@ -332,6 +334,35 @@ async def test_without_redis_each_gateway_takes_its_share(keyed, redis_server):
 
             await asyncio.wait_for(asks_redis(), WAIT_S)
         assert in_bucket(redis_server, "unseen", "requests") < 20
+
+
+async def test_a_redis_that_hangs_keeps_nobody_waiting(keyed, redis_server):
+    keyed.add("one", requests_per_minute=20)
+    async with keyed.gateway() as running:
+        await keyed.cluster.add(running, "decode-0")
+        client = keyed.client(running, "one")
+        await ask(client)
+        with redis_server.hanging():
+            answers = await asyncio.wait_for(outcomes([client], 10), WAIT_S)
+            assert answers == (10, [])
+            assert running.sample("baton_quota_fallback") == 1
+            asked = running.sample("baton_quota_shares_total")
+        assert asked == 10
+
+
+async def test_what_was_taken_for_a_client_that_has_left_meanwhile_is_given_back(keyed, redis_server):
+    keyed.add("one", requests_per_minute=10)
+    async with keyed.gateway() as running:
+        client = parts(running).keyring.client(f"Bearer {keyed.secrets['one']}".encode())
+        quotas = parts(running).quotas
+        asking = asyncio.create_task(quotas.take(running.gateway.chores, client, Amount(10, 0)))
+        await asyncio.sleep(0)  # it has asked
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        taken = await quotas.take(running.gateway.chores, client, Amount(0, 0))
+        assert taken.left.requests < 1  # Redis has seen it
+        await eventually(lambda: in_bucket(redis_server, "one", "requests") == 10, "given back")
 
 
 # ---- what was used -----------------------------------------------------------------------------------------

@@ -15,9 +15,6 @@ class Gateways:
         self._heard_at[gateway] = now
         self._heard_at = {one: at for one, at in self._heard_at.items() if now - at < GONE_S}
 
-    def leave(self, gateway: str) -> None:
-        self._heard_at.pop(gateway, None)
-
     def count(self) -> int:
         """At least 1: who asks is there."""
         return max(1, len(self._heard_at))
