@@ -31,10 +31,10 @@ CAPACITY_SEED = 10_000
 WARM_SHARE = 0.25  # of the measured time, before it
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", choices=tuple(ENGINES), default="sim")
-    add("--seconds", type=_positive, default=seconds, help=f"measured at each load; default {seconds:g}")
+    add("--seconds", type=_positive, default=30.0, help="measured at each load, after a quarter of it; default 30")
     add("--out", type=Path, required=True, metavar="DIR")
     add("--ttft", type=_positive, default=2.0, metavar="S", help="the target, of the gateway and of the judgement")
     add("--itl", type=_positive, default=0.1, metavar="S")
