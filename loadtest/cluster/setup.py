@@ -28,6 +28,7 @@ SCALES = {"sim": 1.0, "vllm": 0.25}  # of the workload's lengths: an engine on C
 DRAIN_S = "2"
 MODEL_S = 120.0
 CAPACITY_SEED = 10_000
+TAIL_TARGETS = 3  # so long is waited for a first token before it counts as missed
 WARM_SHARE = 0.25  # of the measured time, before it
 
 
@@ -59,6 +60,11 @@ def slo(args: argparse.Namespace) -> Slo:
 
 
 def load(args: argparse.Namespace) -> Load:
+    """Raises SettingsError."""
+    if args.tail < TAIL_TARGETS * args.ttft:
+        raise SettingsError(
+            f"--tail {args.tail:g}: at least {TAIL_TARGETS} times --ttft: what has no token by then is late"
+        )
     return Load(
         workload=args.workload,
         length_scale=args.length_scale or SCALES[args.engine],
