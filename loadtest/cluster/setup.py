@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -86,8 +85,6 @@ def whole(seconds: float) -> float:
 
 def settings(args: argparse.Namespace, **more: str) -> dict[str, str]:
     """Of every cluster of the measurement."""
-    if os.environ.get("BATON_BENCH_PLAIN"):
-        return {"drain_s": DRAIN_S}
     targets = {"default": {"ttft_s": args.ttft, "itl_s": args.itl}}
     return {"drain_s": DRAIN_S, "targets": msgspec.json.encode(targets).decode(), **more}
 

@@ -296,7 +296,6 @@ def test_the_page_about_fairness():
 
 def test_a_cluster_that_does_not_start_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("BATON_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("BATON_BENCH_PLAIN", "1")
     parser = argparse.ArgumentParser()
     add_arguments, run, _ = COMMANDS["overload"]
     add_arguments(parser)
