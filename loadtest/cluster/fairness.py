@@ -35,7 +35,7 @@ KEY = re.compile(r"sk-baton-[A-Za-z0-9_-]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    setup.add_arguments(parser, seconds=20.0)
+    setup.add_arguments(parser)
     parser.add_argument("--flood", type=float, default=3.0, help="what one tenant offers, in capacities; default 3")
     parser.add_argument("--rounds", type=int, default=2, help="of alone and beside")
     parser.add_argument("--admission", choices=("on", "off"), default="on")

@@ -18,6 +18,7 @@ from loadtest.slo import Slo, Spread, spread
 from shared.errors import Refused, all_errors
 
 STATUS = {code: error.status for code, error in all_errors().items() if issubclass(error, Refused)}
+IN_LINE_S = 0.01  # less than this in line is the way through it
 AT_ARRIVAL_SHARE = 0.5  # of the TTFT target: a refusal that took longer had waited in line, unless the server says so
 
 
@@ -214,7 +215,7 @@ def _refusals(tries: Tries, admitted_s: Sequence[float], window: Window, slo: Sl
 
 def _waited(queued_s: float | None, took_s: float, slo: Slo) -> bool:
     """Whether it stood in line before it was refused."""
-    return took_s >= AT_ARRIVAL_SHARE * slo.ttft_s if queued_s is None else queued_s > 0
+    return took_s >= AT_ARRIVAL_SHARE * slo.ttft_s if queued_s is None else queued_s > IN_LINE_S
 
 
 def _faults(tries: Tries, place: int) -> list[str]:

@@ -31,7 +31,7 @@ LOADS = [0.5, 1.0, 2.0, 4.0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    setup.add_arguments(parser, seconds=30.0)
+    setup.add_arguments(parser)
     parser.add_argument("--loads", type=_loads, default=LOADS, help="multiples of the capacity; default 0.5,1,2,4")
     parser.add_argument(
         "--sides", type=_sides, default=list(SIDES), help="of admission, the first leads; default on,off"

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -28,13 +27,14 @@ SCALES = {"sim": 1.0, "vllm": 0.25}  # of the workload's lengths: an engine on C
 DRAIN_S = "2"
 MODEL_S = 120.0
 CAPACITY_SEED = 10_000
+TAIL_TARGETS = 3  # so long is waited for a first token before it counts as missed
 WARM_SHARE = 0.25  # of the measured time, before it
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", choices=tuple(ENGINES), default="sim")
-    add("--seconds", type=_positive, default=seconds, help=f"measured at each load; default {seconds:g}")
+    add("--seconds", type=_positive, default=30.0, help="measured at each load, after a quarter of it; default 30")
     add("--out", type=Path, required=True, metavar="DIR")
     add("--ttft", type=_positive, default=2.0, metavar="S", help="the target, of the gateway and of the judgement")
     add("--itl", type=_positive, default=0.1, metavar="S")
@@ -59,6 +59,11 @@ def slo(args: argparse.Namespace) -> Slo:
 
 
 def load(args: argparse.Namespace) -> Load:
+    """Raises SettingsError."""
+    if args.tail < TAIL_TARGETS * args.ttft:
+        raise SettingsError(
+            f"--tail {args.tail:g}: at least {TAIL_TARGETS} times --ttft: what has no token by then is late"
+        )
     return Load(
         workload=args.workload,
         length_scale=args.length_scale or SCALES[args.engine],
@@ -80,8 +85,6 @@ def whole(seconds: float) -> float:
 
 def settings(args: argparse.Namespace, **more: str) -> dict[str, str]:
     """Of every cluster of the measurement."""
-    if os.environ.get("BATON_BENCH_PLAIN"):
-        return {"drain_s": DRAIN_S}
     targets = {"default": {"ttft_s": args.ttft, "itl_s": args.itl}}
     return {"drain_s": DRAIN_S, "targets": msgspec.json.encode(targets).decode(), **more}
 

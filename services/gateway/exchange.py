@@ -154,8 +154,9 @@ class Exchange:
 
     async def _start(self, status: int, headers: http_errors.Headers) -> None:
         headers += [(b"x-request-id", self.request_id.encode()), *self.headers]
-        if self.receipt.path is not None:
-            headers.append((HEADER, self.receipt.encode()))
+        receipt = self.receipt
+        if receipt.path is not None or receipt.stages_ms is not None:
+            headers.append((HEADER, receipt.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _watch(self, on_gone: Callable[[], None]) -> None:

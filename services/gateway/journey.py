@@ -27,7 +27,7 @@ from services.gateway.receipt import Receipt
 from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
 from shared import telemetry, wire
-from shared.errors import BatonError, Cancelled, Internal, Timeout
+from shared.errors import BatonError, Cancelled, Internal, Refused, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,9 @@ class Journey:
             if error is not None:
                 span.set_attributes(genai.error(error.code))
                 span.set_status(trace.StatusCode.ERROR, error.code)
+                if isinstance(error, Refused):
+                    queued_s = max(course.spent_s.get(State.QUEUED, 0.0) for course in self._courses)
+                    exchange.receipts[0].refused(queued_s)
                 if not isinstance(error, Cancelled):
                     await exchange.fail(error)
         gateway.metrics.ended(error, self._tier, time.monotonic() - self._began)

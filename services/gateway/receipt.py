@@ -48,6 +48,10 @@ class Receipt(msgspec.Struct, kw_only=True):
         self.stages_ms = {name: round(spent_s * 1000, 1) for name, spent_s in stages_s.items()}
         self.actual_ttft_ms = round(ttft_s * 1000, 1)
 
+    def refused(self, queued_s: float) -> None:
+        """All that is known of a request that was let go: how long it waited in line."""
+        self.stages_ms = {"queue": round(queued_s * 1000, 1)}
+
     def encode(self) -> bytes:
         return msgspec.json.encode(self)
 

@@ -55,6 +55,7 @@ async def test_what_would_be_late_is_refused_at_once(cluster):
                 await ask(running)
             assert refused.value.code == "deadline_infeasible"
             told.append(int(refused.value.response.headers["retry-after"]))
+            assert receipt(refused.value.response)["stages_ms"].keys() == {"queue"}
         assert 5 <= told[0] <= 12  # ten seconds of work, and a target of two
         assert running.sample("baton_shed_total", reason="deadline_infeasible") == 3
         assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="shed") == 3
@@ -98,6 +99,7 @@ async def test_nobody_waits_beyond_its_target(cluster):
         with pytest.raises(openai.RateLimitError, match="no worker had room in time") as refused:
             await ask(running)
         assert refused.value.code == "deadline_infeasible"
+        assert receipt(refused.value.response)["stages_ms"]["queue"] > 0
         assert not decode.jobs
         await assert_nothing_left(running)
 

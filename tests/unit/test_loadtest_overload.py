@@ -1,10 +1,12 @@
 """Beyond capacity: what counts once, what counts each time, where the knee is, which aims are met."""
 
+import argparse
 from array import array
 from itertools import pairwise
 
 import pytest
 
+from loadtest.__main__ import COMMANDS
 from loadtest.cluster.capacity import MOST_CLIENTS, Step, capacity, next_clients
 from loadtest.cluster.fairness_result import Fairness, shared
 from loadtest.cluster.judge import Window, judge
@@ -290,3 +292,33 @@ def test_the_page_about_fairness():
     )
     assert "2.50" in fairness_report.text(told)
     assert "beside the flood" in page.render(fairness_report.page(told))
+
+
+def test_a_cluster_that_does_not_start_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BATON_HOME", str(tmp_path / "home"))
+    parser = argparse.ArgumentParser()
+    add_arguments, run, _ = COMMANDS["overload"]
+    add_arguments(parser)
+    assert run(parser.parse_args(["--out", str(tmp_path / "out"), "--prefill", "0"])) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "--prefill must be at least 1" in said[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--loads", "1,1"],
+        ["--loads", "0,1"],
+        ["--sides", "on,maybe"],
+        ["--seconds", "0"],
+        ["--cv", "-1"],
+        ["--capacity", "inf"],
+    ],
+)
+def test_bad_options_are_named(words, capsys):
+    parser = argparse.ArgumentParser()
+    COMMANDS["overload"][0](parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", "x", *words])
+    assert words[0] in capsys.readouterr().err
