@@ -28,6 +28,7 @@ from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
 from shared.errors import SettingsError
+from shared.prefix_index import open_redis
 from shared.probes import Probes, listen
 from shared.settings import GatewaySettings
 
@@ -86,9 +87,11 @@ async def serve(settings: GatewaySettings) -> None:
         raise
     model = configuration.served_name(settings.model, settings.served_model_name)
     try:
-        async with Chores() as chores:
+        async with open_redis(settings.redis_url) as redis, Chores() as chores:
             metrics = Metrics(model)
-            gateway = Gateway(settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores)
+            gateway = Gateway(
+                settings, model, bus=bus, tokenizer=tokenizer, redis=redis, metrics=metrics, chores=chores
+            )
             await gateway.listen()
             await _run(gateway, listener, stop)
     finally:

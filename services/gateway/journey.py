@@ -21,6 +21,7 @@ from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.leg import Leg
+from services.gateway.metrics import TENANT
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
@@ -37,6 +38,8 @@ class Asked:
     body: Body
     prompts: list[Prompt]
     limits: list[int]  # how many tokens each may be answered with
+    packed: list[bytes]
+    hits: list[dict[str, int]]  # node -> leading tokens of each whose KV it holds
 
 
 class Journey:
@@ -87,7 +90,7 @@ class Journey:
                 for course in self._courses:
                     course.fail()
                 exchange.release()
-                gateway.leave(self, served=all(course.state is State.DONE for course in self._courses))
+                gateway.leave(self)
             if error is not None:
                 span.set_attributes(genai.error(error.code))
                 span.set_status(trace.StatusCode.ERROR, error.code)
@@ -106,7 +109,7 @@ class Journey:
 
     async def _stages(self) -> None:
         asked = await self._edge()
-        self._admit(len(asked.prompts) - 1)
+        self._admit(asked.prompts)
         out = answer(self._exchange, self._form(asked))
         legs = self._legs(asked)
         usages = await _together([leg.run(out) for leg in legs])
@@ -135,7 +138,9 @@ class Journey:
                 response_id=self._response_id(),
             )
         )
-        return Asked(body=body, prompts=list(prompts.values()), limits=limits)
+        packed = [wire.pack_tokens(tokens) for tokens in named.values()]
+        hits = [await gateway.prefixes.hits(tokens) for tokens in packed]
+        return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, hits=hits)
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
         """Every prompt as token ids, by the parameter that an error would name."""
@@ -163,10 +168,10 @@ class Journey:
 
     # ---- 2 and 3: admission, and a leg for each prompt -----------------------------------------------------
 
-    def _admit(self, more: int) -> None:
-        """`more`: prompts beyond the first."""
+    def _admit(self, prompts: list[Prompt]) -> None:
         self._courses[0].enter(State.ADMISSION)
-        admit(self._gateway.snapshot(more))
+        more = len(prompts) - 1
+        admit(self._gateway.snapshot(more=more, tokens=sum(len(prompt.tokens) for prompt in prompts)))
         self._courses += [Course(State.ADMISSION) for _ in range(more)]
         self._exchange.receipts += [Receipt() for _ in range(more)]
         self._gateway.more_prompts(more)
@@ -177,14 +182,17 @@ class Journey:
             Load(
                 id=f"{id_}-{index}" if many else id_,
                 tokens=prompt.tokens,
-                packed=wire.pack_tokens(prompt.tokens),
+                packed=packed,
                 sampling=body.sampling(max(1, limit)),
                 first_choice=index * (body.n or 1),
             )
-            for index, (prompt, limit) in enumerate(zip(asked.prompts, asked.limits, strict=True))
+            for index, (prompt, packed, limit) in enumerate(zip(asked.prompts, asked.packed, asked.limits, strict=True))
         ]
-        parts = zip(loads, self._courses, self._exchange.receipts, strict=True)
-        return [Leg(self._gateway, load, course, receipt, self._began) for load, course, receipt in parts]
+        parts = zip(loads, asked.hits, self._courses, self._exchange.receipts, strict=True)
+        return [
+            Leg(self._gateway, load, course, receipt, began=self._began, tier=self._tier, tenant=TENANT, hits=hits)
+            for load, hits, course, receipt in parts
+        ]
 
     # ---- 4 to 8 are in leg.py; 9: the end ------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from services.gateway.edge.render import Usage
 from services.gateway.gateway import Gateway
 from services.gateway.placement import Wish
 from services.gateway.prefilling import NoPrefill, Prefilling
-from services.gateway.queue import Seat
+from services.gateway.queue import Seat, Waiting
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load, Sent, goes_on_by_prompt, repeats_itself
 from services.gateway.states import Course, State
@@ -54,8 +54,21 @@ class Tries:
 class Leg:
     """Create one a prompt and `run` it once."""
 
-    def __init__(self, gateway: Gateway, load: Load, course: Course, receipt: Receipt, began: float) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        load: Load,
+        course: Course,
+        receipt: Receipt,
+        *,
+        began: float,
+        tier: str,
+        tenant: str,
+        hits: dict[str, int],
+    ) -> None:
         self._gateway = gateway
+        self._tier = tier
+        self._tenant = tenant
         self._original = load
         self._load = load  # of this attempt
         self._sent = Sent(load.first_choice, load.sampling.n)
@@ -63,8 +76,13 @@ class Leg:
         self._receipt = receipt
         self._began = began
         self._wish = Wish(
-            tokens=len(load.tokens), whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
+            tokens=len(load.tokens),
+            output=round(min(load.sampling.max_tokens, gateway.fleet.expected_output)) * load.sampling.n,
+            whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs",
+            hits=hits,
         )
+        self._entered = began  # when it came in line first
+        self._first: Waiting | None = None  # as it did
         self._tries = Tries()
         self._by_prompt = goes_on_by_prompt(load.sampling)
         self.first_token_at = 0.0
@@ -73,11 +91,11 @@ class Leg:
 
     async def run(self, out: Answer) -> Usage:
         """Raises the error that ends it."""
-        queued_until = time.monotonic() + self._gateway.settings.queue_s
+        self._entered = time.monotonic()
         lost: BatonError | None = None
         while True:
             try:
-                seat = await self._place(queued_until)
+                seat = await self._place()
             except Refused as refused:
                 raise (lost if lost is not None and self._sent.has_begun else refused) from None
             try:
@@ -88,24 +106,34 @@ class Leg:
             except BatonError as error:
                 self._again(error, seat)
                 lost = error
-                queued_until = time.monotonic() + self._gateway.settings.queue_s
+                self._entered = time.monotonic()
             finally:
-                self._gateway.unseat(seat)
+                self._gateway.seating.unseat(seat)
         self._course.enter(State.DONE)
+        self._gateway.seating.answered(self._tier, self._tenant, usage.completion)
         return usage
 
     # ---- 4: queue, placement -------------------------------------------------------------------------------
 
-    async def _place(self, until: float) -> Seat:
+    async def _place(self) -> Seat:
+        """One that a worker refused comes back with its old deadline; one that is to be resumed goes before all."""
         self._course.enter(State.QUEUED)
-        gateway, tries = self._gateway, self._tries
-        seat = await gateway.queue.take(
-            self._wish,
-            tries.avoid,
-            wait_s=until - time.monotonic(),
-            refusal=lambda: gateway.refusal(tries.last_busy),
+        tries, target = self._tries, self._gateway.settings.target(self._tier)
+        waiting = Waiting(
+            tier=self._tier,
+            tenant=self._tenant,
+            tokens=self._wish.uncached,
+            deadline=self._began + target.ttft_s,
+            urgent=tries.lost > 0,
+            wish=self._wish,
+            avoid=tries.avoid,
+            since=self._began,
+            entered=self._entered,
+            fresh=self._first is None,
         )
-        self._receipt.placed(seat.placement)
+        self._first = self._first or waiting
+        seat = await self._gateway.seating.take(waiting, tries.last_busy)
+        self._receipt.placed(seat.placement, self._first.expected_s)
         return seat
 
     # ---- 5 to 8: reserve, prefill, decode, stream ----------------------------------------------------------
@@ -174,7 +202,7 @@ class Leg:
         receipt = self._receipt
         if accepted.cached_tokens >= len(self._load.tokens):
             # The decode node holds every block already.
-            self._gateway.unseat(seat)
+            self._gateway.seating.unseat(seat)
             receipt.prefill, receipt.reason = None, "cached"
             stream.watch(time.monotonic())
             return None
@@ -208,6 +236,8 @@ class Leg:
         self.first_token_at = now
         self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
+        if self._first is not None and not self._tries.lost:
+            self._gateway.seating.saw(self._first, now - self._first.entered)
 
     # ---- what next, when an attempt did not end well -------------------------------------------------------
 
@@ -218,7 +248,7 @@ class Leg:
         tries.last_busy = busy.reason
         tries.avoid[busy.worker] = gateway.fleet.beats(busy.worker)
         if tries.busy > MAX_BUSY and not self._sent.has_begun:
-            raise gateway.refusal(busy.reason)
+            raise gateway.seating.refusal(busy.reason)
 
     def _again(self, error: BatonError, seat: Seat) -> None:
         """Place it once more with the next attempt, or raise what ends it."""

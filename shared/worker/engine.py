@@ -56,6 +56,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_running: int
     kv_blocks: int  # of the engine's own cache
+    kv_tokens: int = 0  # how many those hold
     splits: bool  # False: this model's KV cannot be handed over; serve it whole
     forces: bool = False  # takes requests with `replay`
     details: dict[str, Any] = {}
@@ -67,8 +68,8 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_usage: float = 0.0
     preemptions: int = 0
     computed_prompt_tokens: int = 0  # counted by the engine itself
-    prefill_tokens_per_s: float = 0.0
-    decode_step_s: float = 0.0
+    decode_step_s: float = 0.0  # with as many sequences as run now; 0: not known yet
+    decode_sequence_s: float = 0.0  # more with every further one
 
 
 class Engine(Protocol):

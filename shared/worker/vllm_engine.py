@@ -17,7 +17,7 @@ from shared import wire
 from shared.errors import EngineFailed, InvalidRequest, SettingsError
 from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequest
 from shared.worker.liveness import Liveness
-from shared.worker.rates import Rates
+from shared.worker.rates import Steps
 from shared.worker.replay import EXTRA_ARG, enable_forcing, one_by_one, together
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,
             kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             splits=splits,
             forces=forces,
             details={"vllm": _vllm_version(), "dtype": str(config.model_config.dtype)},
@@ -176,7 +177,7 @@ class EngineStats:
         self.kv_usage = 0.0
         self.preemptions = 0
         self.computed_prompt_tokens = 0
-        self.rates = Rates()
+        self.step_times = Steps()
         self.liveness = Liveness(time.monotonic())
 
     def load(self) -> EngineLoad:
@@ -186,8 +187,8 @@ class EngineStats:
             kv_usage=self.kv_usage,
             preemptions=self.preemptions,
             computed_prompt_tokens=self.computed_prompt_tokens,
-            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
-            decode_step_s=self.rates.decode_step_s,
+            decode_step_s=self.step_times.step_s(self.running),
+            decode_sequence_s=self.step_times.sequence_s,
         )
 
     def logger(self, vllm_config: "VllmConfig", engine_index: int = 0) -> Any:  # noqa: ARG002
@@ -224,10 +225,8 @@ class EngineStats:
             computed = iteration.prompt_token_stats.computed
             self.preemptions += iteration.num_preempted_reqs
             self.computed_prompt_tokens += computed
-            for finished in iteration.finished_requests:
-                self.rates.prompt(finished.num_prompt_tokens - finished.num_cached_tokens, finished.prefill_time)
-            for gap_s in iteration.inter_token_latencies_iter:
-                self.rates.step(gap_s)
+            if gaps_s := iteration.inter_token_latencies_iter:
+                self.step_times.see(len(gaps_s), sum(gaps_s) / len(gaps_s))
 
 
 def _nothing() -> None:

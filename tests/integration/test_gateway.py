@@ -340,7 +340,8 @@ async def test_requests_wait_for_room(cluster):
         decode.beat = wire.Heartbeat(
             **{f: getattr(decode.beat, f) for f in decode.beat.__struct_fields__} | {"max_running": 1, "max_waiting": 0}
         )
-        await running.until(lambda g: any(c.max_running == 1 for c in g.fleet.candidates()))
+        heard = running.gateway.fleet.beats("decode-0")
+        await running.until(lambda g: g.fleet.beats("decode-0") > heard + 1)
         answers = await asyncio.gather(
             *(running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2) for _ in range(5))
         )

@@ -14,6 +14,7 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
 from shared.bus import Bus
+from shared.prefix_index import open_redis
 from shared.probes import listen
 from shared.settings import GatewaySettings
 
@@ -46,8 +47,10 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     listener = listen("127.0.0.1", 0, setting="port")
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
-        async with Chores() as chores, asyncio.TaskGroup() as tasks:
-            gateway = Gateway(settings, MODEL, bus=bus, tokenizer=tokenizer, metrics=Metrics(MODEL), chores=chores)
+        async with open_redis(settings.redis_url) as redis, Chores() as chores, asyncio.TaskGroup() as tasks:
+            gateway = Gateway(
+                settings, MODEL, bus=bus, tokenizer=tokenizer, redis=redis, metrics=Metrics(MODEL), chores=chores
+            )
             await gateway.listen()
             server = uvicorn.Server(
                 uvicorn.Config(Front(gateway), log_config=None, lifespan="off", timeout_graceful_shutdown=1)

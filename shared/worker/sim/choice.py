@@ -50,7 +50,6 @@ class Stream:
 
 class Choice(Sequence):
     __slots__ = (
-        "began_s",
         "excess",
         "history",
         "index",
@@ -80,7 +79,6 @@ class Choice(Sequence):
         self.replay: list[int] = []  # into the table
         self.stops = Stops(sampling) if sampling.stop or sampling.stop_token_ids else None
         self.excess = 0  # of the prompt's pages, see pages.py
-        self.began_s = 0.0
 
     def prepare(self, contents: Contents, table: TokenTable, request: EngineRequest) -> None:
         """Raises InvalidRequest for a replay that is no output of this engine."""
