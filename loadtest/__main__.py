@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 
 from loadtest import report
-from loadtest.cluster import compare, handoff, model, soak
+from loadtest.cluster import compare, fairness, handoff, model, overload, soak
 from loadtest.load import run
-from loadtest.micro import gateway, kv
+from loadtest.micro import gateway, kv, placement
 from loadtest.profiling import profile
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
@@ -17,6 +17,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "handoff": (handoff.add_arguments, handoff.run, "from the end of prefill to decode's first step, against memcpy"),
     "gateway": (gateway.add_arguments, gateway.run, "the token path by itself, next to servers without an engine"),
     "kv": (kv.add_arguments, kv.run, "the KV plane of one node by itself, next to plain memcpy and raw sockets"),
+    "placement": (placement.add_arguments, placement.run, "what choosing the workers of one request costs"),
+    "overload": (overload.add_arguments, overload.run, "0.5 to 4 times its capacity, with admission and without"),
+    "fairness": (fairness.add_arguments, fairness.run, "what one tenant's flood costs another one's first token"),
     "soak": (soak.add_arguments, soak.run, "mixed load for an hour: right texts, flat memory"),
     "model": (model.add_arguments, model.run, "make a random model with a KV cache of a chosen size"),
     "profile": (profile.add_arguments, profile.run, "measure engine step times and fit a profile for the sim engine"),

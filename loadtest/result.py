@@ -44,6 +44,8 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
 
     `intended_s`, `sent_s`, `end_s` count from the run's start, `ttft_s` from the intended time. `retries` are the
     server's own, `attempts` the client's. `stages`: parts of the time to the first token, as the server saw them.
+    `sent_s` is the first attempt's, `last_sent_s` the last one's. `steady`: enough gaps within the SLO. The predicted
+    and the actual TTFT are those of the server's receipt. Columns that may be None are not in every file.
     """
 
     intended_s: list[float]
@@ -64,6 +66,28 @@ class Requests(msgspec.Struct, frozen=True, kw_only=True):
     itl_max_s: Column
     good: list[bool]
     stages: dict[str, Column] = {}
+    last_sent_s: Column | None = None
+    steady: list[bool] | None = None
+    predicted_ttft_s: Column | None = None
+    actual_ttft_s: Column | None = None
+
+
+class Tries(msgspec.Struct, frozen=True, kw_only=True):
+    """Columns: one entry per attempt that was refused or that failed, by request. `request`: its place there.
+
+    `number`: 0 for a request's first attempt. `retry_after_s`: what the server asked for; `queued_s`: how long it had
+    let the request wait in line, where it says so.
+    """
+
+    request: list[int]
+    number: list[int]
+    sent_s: list[float]
+    end_s: list[float]
+    outcome: list[str]
+    status: Counts
+    code: list[str]
+    retry_after_s: Column
+    queued_s: Column
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
@@ -144,6 +168,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     timeline: Timeline
     levels: Levels
     client: Client
+    tries: Tries | None = None
 
 
 def write(result: Result, folder: Path) -> Path:

@@ -68,5 +68,10 @@ def ranks(share: float, counts: Ints) -> Ints:
 
 def good(ok: Bools, ttft_s: Floats, gaps: Ints, gaps_in_time: Ints, slo: Slo) -> Bools:
     """One entry a request. `ttft_s`: nan where no token came; `gaps_in_time`: of its gaps, those within the target."""
-    steady = gaps_in_time >= slo.itl_share * gaps - 1e-9
-    return ok & (np.nan_to_num(ttft_s, nan=np.inf) <= slo.ttft_s) & steady
+    return ok & (np.nan_to_num(ttft_s, nan=np.inf) <= slo.ttft_s) & steady(gaps, gaps_in_time, slo)
+
+
+def steady(gaps: Ints, gaps_in_time: Ints, slo: Slo) -> Bools:
+    """Whether enough of a request's gaps are within the target."""
+    even: Bools = gaps_in_time >= slo.itl_share * gaps - 1e-9
+    return even

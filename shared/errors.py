@@ -9,7 +9,10 @@ BatonError
 │   │   ├── ContextLengthExceeded, ExceedsQuota
 │   │   └── UnsupportedParameter
 │   ├── ModelNotFound            404
+│   ├── RequestTimeout           408
 │   ├── BodyTooLarge             413
+│   ├── UnsupportedMedia         415
+│   ├── HeadersTooLarge          431
 │   ├── Unauthorized             401
 │   └── TierNotAllowed           403
 ├── Refused                      no room: 429 or 503 with Retry-After, see `reason`
@@ -17,6 +20,7 @@ BatonError
 │   └── NoCapacity, Draining, KeysUnavailable                  503
 └── ServiceError                 ours: 5xx
     ├── WorkerLost, WorkerStalled, OutputLost, EngineFailed, BusUnavailable, KvLost, KvMismatch, Timeout, Cancelled,
+    ├── ResumeInexact
     └── Internal
 """
 
@@ -70,6 +74,23 @@ class ModelNotFound(RequestError):
 class BodyTooLarge(RequestError):
     code = "request_too_large"
     status = 413
+
+
+class RequestTimeout(RequestError):
+    """Head or body did not arrive in time."""
+
+    code = "request_timeout"
+    status = 408
+
+
+class UnsupportedMedia(RequestError):
+    code = "unsupported_media_type"
+    status = 415
+
+
+class HeadersTooLarge(RequestError):
+    code = "headers_too_large"
+    status = 431
 
 
 class Unauthorized(RequestError):
@@ -189,6 +210,13 @@ class Cancelled(ServiceError):
 
     code = "cancelled"
     status = 499
+
+
+class ResumeInexact(ServiceError):
+    """A stream was lost, and nobody can go on with it as it would have gone on."""
+
+    code = "resume_inexact"
+    status = 502
 
 
 class Internal(ServiceError):

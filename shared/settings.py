@@ -36,6 +36,29 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     drain_s: Positive = 30.0  # how long running requests may go on after SIGTERM
 
 
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a service tier is promised; admission refuses what cannot have it."""
+
+    ttft_s: Positive = 2.0  # from the request's arrival to its first token
+    itl_s: Positive = 0.1  # between two tokens
+
+
+class Targets(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """By OpenAI's `service_tier`. flex has time."""
+
+    priority: Target = Target()
+    default: Target = Target()
+    flex: Target = Target(ttft_s=20.0)
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Shares of the service tiers while several wait."""
+
+    priority: Positive = 8.0
+    default: Positive = 4.0
+    flex: Positive = 1.0
+
+
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     model: str  # folder or Hugging Face id; the gateway reads its tokenizer and chat template
     revision: str = ""
@@ -44,18 +67,33 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     port: Port = 8000
     share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on its probe port, too
     arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
-    local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto: shorter prompts are not split
+    local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto, before speeds are known
+    placement: Annotated[str, msgspec.Meta(pattern="^(predicted|least_loaded)$")] = "predicted"
+    admission: Switch = "on"  # off: nothing is refused for its target, for comparison
+    targets: Targets = Targets()  # e.g. {"default": {"ttft_s": 1.0}}
+    tier_weights: Weights = Weights()
     keys: str = ""  # of clients: empty for none, a YAML file's path, or redis
     allow_anonymous: bool = False  # without keys: serve more than loopback
     max_body_bytes: Count = 4 * 1024 * 1024
+    max_bodies_bytes: Count = 256 * 1024 * 1024  # of all bodies that are arriving or being checked
     max_n: Count = 16
     max_prompts: Count = 32  # in one completion request
     max_requests: Count = 4096  # in flight or queued in this gateway
-    queue_s: Positive = 30.0  # how long a request may wait for a worker
+    max_queued_tokens: Count = 2_000_000  # prompt tokens waiting in this gateway
+    queue_s: Positive = 30.0  # how long a request may wait for a worker, whatever its target
+    index_s: Positive = 0.05  # how long the prefix index may take to answer
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower
+    header_s: Positive = 10.0  # for a request's head to arrive
+    body_s: Positive = 30.0  # for its body
+    write_s: Positive = 30.0  # a client that takes no bytes for this long is cut off
     header_wait_s: Positive = 15.0  # then headers go out and ': waiting' comments keep the stream alive
+
+    def target(self, tier: str) -> Target:
+        target: Target = getattr(self.targets, tier)
+        return target
 
 
 class WorkerSettings(CommonSettings, frozen=True, kw_only=True):

@@ -24,7 +24,8 @@ class Backlog(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     running: int = 0
     waiting: int = 0
-    queued_tokens: int = 0  # prompt tokens accepted and not yet computed
+    queued_tokens: int = 0  # prompt tokens accepted and not yet computed; of a gateway: in its line
+    queued_prompts: int = 0  # prompts that those belong to
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -69,6 +70,8 @@ class DecodeJob(Message, frozen=True):
     handoff_s: float = 30.0  # how long to wait for the blocks before recomputing
     salt: bytes = b""
     priority: int = 0
+    # A resumed stream: packed ids, one entry a choice, with which the output begins; all rows are sent again.
+    replay: list[bytes] = []
 
 
 class Accepted(Message, frozen=True):
@@ -256,8 +259,18 @@ class Heartbeat(Message, frozen=True):
     max_running: int = 0  # sequences the engine runs at once
     max_waiting: int = 0  # jobs accepted beyond that
     kv_usage: float = 0.0  # share of the engine's own KV blocks in use
-    prefill_tokens_per_s: float = 0.0  # measured; 0: not known yet
-    decode_step_s: float = 0.0  # measured; 0: not known yet
+    kv_tokens: int = 0  # how many the engine's own KV cache holds; 0: not told
+    kv_promised: int = 0  # tokens of prompts that are accepted and not in it yet
+    # Measured, and 0 while not known. A prompt takes prompt_s + tokens / prefill_tokens_per_s; from its blocks to the
+    # first token it takes load_s + tokens * load_token_s; a step takes decode_step_s now, and decode_sequence_s more
+    # with every further sequence.
+    prefill_tokens_per_s: float = 0.0
+    prefill_prompt_s: float = 0.0
+    load_s: float = 0.0
+    load_token_s: float = 0.0
+    decode_step_s: float = 0.0
+    decode_sequence_s: float = 0.0
+    forces: bool = False  # takes DecodeJobs with `replay`
     metrics_url: str = ""
     version: str = ""
     format: int = FORMAT

@@ -5,6 +5,7 @@ this process hold is bounded. Times are those of `time.monotonic`; events that c
 """
 
 import asyncio
+import contextlib
 import re
 from enum import StrEnum
 from typing import Any
@@ -14,6 +15,7 @@ import msgspec
 TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content)": ?"[^"]')  # of an event that carries some
 MARKS = (b"[DONE]", b'"usage":{', b'"usage": {', b'"error":', b": baton-receipt ")  # of events that have to be parsed
 RECEIPT = b": baton-receipt "
+RECEIPT_HEADER = b"x-baton-receipt"
 MAX_EVENT_BYTES = 1 << 20
 MAX_ERROR_BYTES = 1 << 16
 CODE_LENGTH = 60
@@ -37,6 +39,8 @@ class Receipt(msgspec.Struct, frozen=True):
     path: str | None = None
     cached_tokens: int | None = None
     retries: int | None = None
+    predicted_ttft_ms: float | None = None
+    actual_ttft_ms: float | None = None
     stages_ms: dict[str, float | None] = {}
 
 
@@ -91,6 +95,8 @@ class Answer:
         """The headers are complete."""
         self.status = status
         self._streams = status == 200 and b"event-stream" in self.headers.get(b"content-type", b"")
+        if RECEIPT_HEADER in self.headers:
+            self._read_receipt(self.headers[RECEIPT_HEADER])
 
     def body(self, data: bytes, now: float) -> None:
         self.heard_s = now
@@ -173,12 +179,14 @@ class Answer:
             elif line.startswith(b"data:"):
                 self._data(line[5:], now)
             elif line.startswith(RECEIPT):
-                try:
-                    self.receipt = _receipt.decode(line[len(RECEIPT) :])
-                except msgspec.MsgspecError:
-                    continue  # another server's comment
-                if self.cached_tokens is None:
+                self._read_receipt(line[len(RECEIPT) :])
+                if self.cached_tokens is None and self.receipt is not None:
                     self.cached_tokens = self.receipt.cached_tokens
+
+    def _read_receipt(self, data: bytes) -> None:
+        """The last one counts: a stream's header comes before its first token. What is none is another server's."""
+        with contextlib.suppress(msgspec.MsgspecError):
+            self.receipt = _receipt.decode(data)
 
     def _data(self, data: bytes, now: float) -> None:
         try:

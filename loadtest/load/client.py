@@ -16,9 +16,10 @@ import httptools
 import msgspec
 
 from loadtest.load import retry
-from loadtest.load.answer import Answer, Outcome
+from loadtest.load.answer import RECEIPT_HEADER, Answer, Outcome
+from loadtest.load.records import Try
 
-KEPT_HEADERS = frozenset({b"content-type", b"retry-after", b"retry-after-ms", b"x-should-retry"})
+KEPT_HEADERS = frozenset({b"content-type", b"retry-after", b"retry-after-ms", b"x-should-retry", RECEIPT_HEADER})
 IDLE_S = 3.0  # servers close idle connections after 5 s and more; a request must not meet that
 SWEEP_S = 0.1
 
@@ -255,6 +256,14 @@ class Reply(msgspec.Struct, frozen=True):
     attempts: int
 
 
+class Attempts:
+    """Of one request so far, for whoever may not see its end: those that failed, and the one that is in flight."""
+
+    def __init__(self) -> None:
+        self.failed: list[Try] = []
+        self.now: Answer | None = None
+
+
 class Client:
     """`async with Client(...) as client: await client.post(path, body)`."""
 
@@ -276,18 +285,23 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         self._pool.close()
 
-    async def post(self, path: str, body: bytes, *, keep: bool = False, leave_after: int | None = None) -> Reply:
+    async def post(
+        self, path: str, body: bytes, attempts: Attempts, *, keep: bool = False, leave_after: int | None = None
+    ) -> Reply:
         """Never raises for what a server or a network does."""
         first_sent_s = 0.0
         taken = 0
         while True:
-            answer = Answer(keep=keep, leave_after=leave_after)
+            answer = attempts.now = Answer(keep=keep, leave_after=leave_after)
             await self._attempt(self._request(path, body, taken), answer)
             first_sent_s = first_sent_s or answer.sent_s
             now_s = time.time()
             outcome = answer.outcome or Outcome.ERROR
+            if outcome not in (Outcome.OK, Outcome.LEFT):
+                attempts.failed.append(_failed(answer, outcome, now_s))
             if taken >= self._limits.retries or not retry.retryable(outcome, answer.status, answer.headers, now_s):
                 return Reply(answer, first_sent_s, taken + 1)
+            attempts.now = None
             await asyncio.sleep(retry.delay_s(taken, answer.headers, now_s, self._rng.random()))
             taken += 1
 
@@ -315,6 +329,20 @@ class Client:
             head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._head}{count}content-length: ".encode()
             self._heads[(path, retries_taken)] = head
         return b"%s%d\r\n\r\n%s" % (head, len(body), body)
+
+
+def _failed(answer: Answer, outcome: Outcome, now_s: float) -> Try:
+    """Times are those of `time.monotonic`; an attempt that never found a socket was sent when it ended."""
+    queued_ms = answer.receipt.stages_ms.get("queue") if answer.receipt is not None else None
+    return Try(
+        sent_s=answer.sent_s or answer.end_s,
+        end_s=answer.end_s,
+        outcome=outcome,
+        status=answer.status,
+        code=answer.code,
+        retry_after_s=retry.retry_after_s(answer.headers, now_s),
+        queued_s=None if queued_ms is None else queued_ms / 1e3,
+    )
 
 
 def _why(error: OSError) -> str:

@@ -16,13 +16,14 @@ import msgspec
 from loadtest.load.alarm import Pace
 from loadtest.load.answer import Answer, Outcome, text_and_tokens
 from loadtest.load.bodies import Bodies, Dialogue
-from loadtest.load.client import Client, Endpoint, Limits, Reply
+from loadtest.load.client import Attempts, Client, Endpoint, Limits, Reply
 from loadtest.load.conversation import Conversation, Source, fitted
 from loadtest.load.expected import Claim, Expected, wrong
 from loadtest.load.prompts import mixed
-from loadtest.load.records import Row, Share
+from loadtest.load.records import Row, Share, Try
 
 PROGRESS_S = 1.0
+INTERRUPTED = "interrupted"  # the code of what was in flight when the run was told to end
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,20 +158,31 @@ class Driver:
         leave_after = rng.randrange(turn_tokens) if rng is not None and rng.random() < job.leave_share else None
         verify = rng is not None and job.expected is not None and rng.random() < job.verify_share
         self._sent += 1
+        attempts = Attempts()
         try:
             reply = await self._client.post(
-                dialogue.path, body, keep=verify or dialogue.goes_on, leave_after=leave_after
+                dialogue.path, body, attempts, keep=verify or dialogue.goes_on, leave_after=leave_after
             )
         except asyncio.CancelledError:
-            row = Row(intended_s=intended_s - self._start_s, outcome=Outcome.LEFT, code="interrupted", attempts=1)
-            self._keep(row, ())
+            self._interrupted(attempts, intended_s)
             raise
         answer = reply.answer
         if verify and answer.outcome == Outcome.OK:
             text, _ = text_and_tokens(answer.kept)
             self._claims.append(Claim(row=len(self._rows), prompt=dialogue.tokens, max_tokens=turn_tokens, text=text))
-        self._keep(_row(reply, intended_s, self._start_s), [at_s - intended_s for at_s in answer.times])
+        row = _row(reply, attempts.failed, intended_s, self._start_s)
+        self._keep(row, [at_s - intended_s for at_s in answer.times])
         return answer
+
+    def _interrupted(self, attempts: Attempts, intended_s: float) -> None:
+        """The run ends while this request is in flight, or waits to be sent again."""
+        failed, answer = attempts.failed, attempts.now
+        if answer is None:
+            answer = Answer()
+        answer.outcome, answer.code, answer.end_s = Outcome.LEFT, INTERRUPTED, time.monotonic()
+        first_sent_s = failed[0].sent_s if failed else answer.sent_s
+        row = _row(Reply(answer, first_sent_s, len(failed) + 1), failed, intended_s, self._start_s)
+        self._keep(row, [at_s - intended_s for at_s in answer.times])
 
     def _keep(self, row: Row, offsets: Sequence[float]) -> None:
         self._rows.append(row)
@@ -229,11 +241,12 @@ class Driver:
         )
 
 
-def _row(reply: Reply, intended_s: float, start_s: float) -> Row:
+def _row(reply: Reply, tries: list[Try], intended_s: float, start_s: float) -> Row:
     answer, receipt = reply.answer, reply.answer.receipt
     return Row(
         intended_s=intended_s - start_s,
         sent_s=reply.first_sent_s - start_s if reply.first_sent_s else None,
+        last_sent_s=answer.sent_s - start_s if answer.sent_s else None,
         ttft_s=answer.times[0] - intended_s if answer.times else None,
         end_s=answer.end_s - start_s,
         prompt_tokens=answer.prompt_tokens,
@@ -246,8 +259,19 @@ def _row(reply: Reply, intended_s: float, start_s: float) -> Row:
         path=(receipt.path or "") if receipt else "",
         retries=receipt.retries if receipt else None,
         stages_s={name: ms / 1e3 for name, ms in receipt.stages_ms.items() if ms is not None} if receipt else None,
+        predicted_ttft_s=_seconds(receipt.predicted_ttft_ms) if receipt else None,
+        actual_ttft_s=_seconds(receipt.actual_ttft_ms) if receipt else None,
+        tries=_since(tries, start_s),
         events=len(answer.times),
     )
+
+
+def _since(tries: list[Try], start_s: float) -> list[Try]:
+    return [msgspec.structs.replace(one, sent_s=one.sent_s - start_s, end_s=one.end_s - start_s) for one in tries]
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
 
 
 async def _until(at_s: float) -> None:

@@ -19,7 +19,7 @@ from shared.errors import SettingsError
 Api = Literal["chat", "completions"]
 DEFAULT_SECONDS = 60.0
 TIMEOUTS = ("connect_timeout", "first_byte_timeout", "progress_timeout", "total_timeout")
-POSITIVE = ("seconds", "requests", "concurrency", "processes", "connections", "slo_ttft", "slo_itl", *TIMEOUTS)
+POSITIVE = ("seconds", "tail", "requests", "concurrency", "processes", "connections", "slo_ttft", "slo_itl", *TIMEOUTS)
 HIDDEN = "..."
 
 
@@ -35,6 +35,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int | None
     think_s: float | None
     seconds: float | None
+    tail_s: float | None
     requests: int | None
     seed: int
     processes: int
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--concurrency", type=int, help="closed loop: so many clients, each waits for its answer")
     load.add_argument("--think-s", type=float, help="between an answer and the same client's next request")
     load.add_argument("--seconds", type=float, help=f"no request begins later; default {DEFAULT_SECONDS:g}")
+    load.add_argument("--tail", type=float, metavar="S", help="give up what is in flight so long after --seconds")
     load.add_argument("--requests", type=int, help="no more than so many (with turns: sessions)")
     load.add_argument("--seed", type=int, default=0)
     load.add_argument("--length-scale", type=float, default=1.0, help="of all lengths, in tokens")
@@ -126,6 +128,7 @@ def checked(args: argparse.Namespace) -> Options:
         concurrency=args.concurrency,
         think_s=args.think_s,
         seconds=args.seconds,
+        tail_s=args.tail,
         requests=args.requests,
         seed=args.seed,
         processes=args.processes,

@@ -12,11 +12,31 @@ import numpy as np
 from loadtest.slo import Floats, Ints
 
 
+class Try(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """One attempt that was refused or that failed. `retry_after_s`: what the server asked for.
+
+    `queued_s`: how long the request had waited in line, where the server says so.
+    """
+
+    sent_s: float
+    end_s: float
+    outcome: str
+    status: int | None = None
+    code: str = ""
+    retry_after_s: float | None = None
+    queued_s: float | None = None
+
+
 class Row(msgspec.Struct, array_like=True, gc=False, kw_only=True):
-    """One offered request. Seconds since the driver's start, `ttft_s` since `intended_s`; `events` that had text."""
+    """One offered request. Seconds since the driver's start, `ttft_s` since `intended_s`; `events` that had text.
+
+    `sent_s` is the first attempt's, `last_sent_s` that of the attempt which the rest of the row is about; `tries` are
+    all that failed, that one too if it did. `predicted_ttft_s`, `actual_ttft_s`: as the server's receipt says.
+    """
 
     intended_s: float
     sent_s: float | None = None
+    last_sent_s: float | None = None
     ttft_s: float | None = None
     end_s: float | None = None
     prompt_tokens: int | None = None
@@ -29,6 +49,9 @@ class Row(msgspec.Struct, array_like=True, gc=False, kw_only=True):
     path: str = ""
     retries: int | None = None
     stages_s: dict[str, float] | None = None
+    predicted_ttft_s: float | None = None
+    actual_ttft_s: float | None = None
+    tries: list[Try] = []
     events: int = 0
 
 

@@ -201,7 +201,13 @@ async def _watch(plan: Plan, crew: Crew, drivers: int) -> tuple[Levels, bool]:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    beside = [asyncio.ensure_future(sampler.run(start_s)), asyncio.ensure_future(show())]
+
+    async def give_up() -> None:
+        if plan.seconds is not None and plan.options.tail_s is not None:
+            await asyncio.sleep(plan.seconds + plan.options.tail_s)
+            crew.stop()
+
+    beside = [asyncio.ensure_future(work) for work in (sampler.run(start_s), show(), give_up())]
     try:
         await crew.run(on_progress)
     finally:
@@ -247,6 +253,7 @@ def _result(plan: Plan, finished: Finished) -> Result:
         requests=found.requests,
         timeline=found.timeline,
         levels=finished.levels,
+        tries=found.tries,
         client=Client(
             processes=len(_jobs(plan)),
             cpu_share=sum(share.cpu_s for share in shares) / max(duration_s, 1e-9),

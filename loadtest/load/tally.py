@@ -8,8 +8,8 @@ import numpy as np
 
 from loadtest.load.answer import Outcome
 from loadtest.load.records import Row, Table
-from loadtest.result import Column, Counts, Lateness, Requests, Summary, Timeline
-from loadtest.slo import Bools, Floats, Ints, Slo, good, percentiles, ranks, spread
+from loadtest.result import Column, Counts, Lateness, Requests, Summary, Timeline, Tries
+from loadtest.slo import Bools, Floats, Ints, Slo, good, percentiles, ranks, spread, steady
 
 BUCKETS = 600  # at most about so many
 DIGITS = 6  # microseconds
@@ -21,6 +21,7 @@ class Tally(msgspec.Struct, frozen=True, kw_only=True):
     requests: Requests
     timeline: Timeline
     lateness: Lateness
+    tries: Tries
 
 
 def tally(table: Table, slo: Slo, duration_s: float) -> Tally:
@@ -29,12 +30,14 @@ def tally(table: Table, slo: Slo, duration_s: float) -> Tally:
     rows = table.rows
     ttft = _floats([row.ttft_s for row in rows])
     ok = np.array([row.outcome == Outcome.OK for row in rows], dtype=bool)
-    judged = good(ok, ttft, gaps.counts, gaps.within(slo.itl_s), slo)
+    in_time = gaps.within(slo.itl_s)
+    judged = good(ok, ttft, gaps.counts, in_time, slo)
     return Tally(
         summary=_summary(table, ok, judged, ttft, duration_s),
-        requests=_requests(rows, gaps, judged),
+        requests=_requests(rows, gaps, judged, steady(gaps.counts, in_time, slo)),
         timeline=_timeline(table, ok, judged, ttft, duration_s),
         lateness=_lateness(rows),
+        tries=_tries(rows),
     )
 
 
@@ -62,9 +65,9 @@ class _Gaps:
         return found
 
 
-def _requests(rows: Sequence[Row], gaps: _Gaps, judged: Bools) -> Requests:
+def _requests(rows: Sequence[Row], gaps: _Gaps, judged: Bools, even: Bools) -> Requests:
     def seconds(read: Callable[[Row], float | None]) -> Column:
-        return [None if (value := read(row)) is None else round(value, DIGITS) for row in rows]
+        return [_rounded(read(row)) for row in rows]
 
     def counts(read: Callable[[Row], int | None]) -> Counts:
         return [read(row) for row in rows]
@@ -92,6 +95,25 @@ def _requests(rows: Sequence[Row], gaps: _Gaps, judged: Bools) -> Requests:
         itl_max_s=gaps.at(1.0),
         good=judged.tolist(),
         stages={name: stage(name) for name in stages},
+        last_sent_s=seconds(lambda row: row.last_sent_s),
+        steady=even.tolist(),
+        predicted_ttft_s=_if_any(seconds(lambda row: row.predicted_ttft_s)),
+        actual_ttft_s=_if_any(seconds(lambda row: row.actual_ttft_s)),
+    )
+
+
+def _tries(rows: Sequence[Row]) -> Tries:
+    told = [(place, number, one) for place, row in enumerate(rows) for number, one in enumerate(row.tries)]
+    return Tries(
+        request=[place for place, _, _ in told],
+        number=[number for _, number, _ in told],
+        sent_s=[round(one.sent_s, DIGITS) for _, _, one in told],
+        end_s=[round(one.end_s, DIGITS) for _, _, one in told],
+        outcome=[one.outcome for _, _, one in told],
+        status=[one.status for _, _, one in told],
+        code=[one.code for _, _, one in told],
+        retry_after_s=[_rounded(one.retry_after_s) for _, _, one in told],
+        queued_s=[_rounded(one.queued_s) for _, _, one in told],
     )
 
 
@@ -177,6 +199,14 @@ def _lateness(rows: Sequence[Row]) -> Lateness:
 
 def _tokens(row: Row) -> int:
     return row.events if row.output_tokens is None else row.output_tokens
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, DIGITS)
+
+
+def _if_any(column: Column) -> Column | None:
+    return column if any(value is not None for value in column) else None
 
 
 def _floats(values: Sequence[float | None]) -> Floats:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
-from loadtest import machine
+from loadtest import machine, slo
 from loadtest.cluster.stream import percentile
 from loadtest.micro import bench, gateway_table
 from loadtest.micro.closed_loop import Course, Seen, drive
@@ -231,8 +231,8 @@ def _row(seen: Seen, output_tokens: int, ideal_per_s: float) -> dict[str, float]
 
 def with_zeros(ranked: list[float], zeros: int, share: float) -> float:
     """Nearest rank over sorted values and so many zeros before them; 0 for nothing."""
-    rank = int(share * (len(ranked) + zeros))
-    return ranked[min(rank, len(ranked) + zeros - 1) - zeros] if ranked and rank >= zeros else 0.0
+    place = slo.rank(share, len(ranked) + zeros) - zeros
+    return ranked[place] if ranked and place >= 0 else 0.0
 
 
 def _requests(args: argparse.Namespace) -> dict[str, list[bytes]]:

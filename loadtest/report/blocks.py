@@ -21,6 +21,7 @@ class Series(msgspec.Struct, frozen=True):
     colour: str  # a name of the page's palette
     dash: tuple[int, ...] = ()
     fill: bool = False
+    dots: bool = False  # values that follow no course: no line between them
 
 
 class Mark(msgspec.Struct, frozen=True):

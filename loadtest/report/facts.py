@@ -9,7 +9,8 @@ import yaml
 from loadtest.report import quantities as q
 from loadtest.report.blocks import Engine
 from loadtest.report.runs import Run
-from loadtest.result import Result
+from loadtest.result import Git, Machine, Result, Target
+from loadtest.slo import Slo
 
 LATE_S = 0.010  # a generator later than this at its p99 measures itself
 LATE_SHARE = 0.05  # or than this part of the TTFT bound, whichever is more
@@ -19,7 +20,11 @@ BUSY_SHARE = 0.85  # of a core a process: above it the generator's own queueing 
 
 def engine(run: Run, *, several: bool) -> Engine:
     """The strip that says which engine ran."""
-    target = run.result.target
+    return engine_of(run.result.target, run.label if several else "")
+
+
+def engine_of(target: Target, label: str = "") -> Engine:
+    """`label`: of the run, where the page has several."""
     kind = target.engine if target.engine in ("vllm", "sim") else "unknown"
     name = {"vllm": "vLLM", "sim": "sim", "unknown": target.engine}[kind]
     if kind == "sim":
@@ -32,32 +37,44 @@ def engine(run: Run, *, several: bool) -> Engine:
         ),
         "unknown": ("the run could not tell", "the run could not tell which engine served it"),
     }[kind]
-    told = f"{brief if several else note} \u00b7 arrangement: {arrangement(run.result)} \u00b7 model: {target.model}"
-    return Engine(kind, f"engine: {name}", told, run.label if several else "")
+    told = f"{brief if label else note} \u00b7 arrangement: {arrangement_of(target)} \u00b7 model: {target.model}"
+    return Engine(kind, f"engine: {name}", told, label)
 
 
 def arrangement(result: Result) -> str:
+    return arrangement_of(result.target)
+
+
+def arrangement_of(target: Target) -> str:
     """`split (1 prefill, 2 decode)`."""
-    target = result.target
     workers = ", ".join(f"{number} {role}" for role, number in target.workers.items() if number)
     return f"{target.arrangement or 'unknown'} ({workers})" if workers else target.arrangement or "unknown"
 
 
 def machine(result: Result) -> str:
+    return machine_of(result.machine)
+
+
+def machine_of(told: Machine) -> str:
     """One line; what is not known is left out."""
-    told = result.machine
     size = f"{told.cores} cores, {q.significant(told.memory_gib)} GiB"
     parts = (told.cpu or "unknown processor", size, told.platform, told.python and f"Python {told.python}")
     return ", ".join(part for part in parts if part)
 
 
 def revision(result: Result) -> str:
-    told = result.git
+    return revision_of(result.git)
+
+
+def revision_of(told: Git) -> str:
     return f"{(told.revision or 'unknown')[:12]}{' with uncommitted changes' if told.dirty else ''}"
 
 
 def slo(result: Result) -> str:
-    bound = result.slo
+    return slo_of(result.slo)
+
+
+def slo_of(bound: Slo) -> str:
     return (
         f"first token within {q.bound(bound.ttft_s)} of the intended send time, "
         f"and {100 * bound.itl_share:g}\u00a0% of the gaps between tokens within {q.bound(bound.itl_s)}"

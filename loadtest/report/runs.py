@@ -65,6 +65,8 @@ def _check_lengths(file: Path, result: Result) -> None:
     requests, timeline = _columns(result.requests), _columns(result.timeline)
     requests |= {f"stages.{name}": column for name, column in result.requests.stages.items()}
     tables = {"requests": requests, "timeline": timeline}
+    if result.tries is not None:
+        tables["tries"] = _columns(result.tries)
     tables["levels"] = {"t_s": result.levels.t_s} | {f"series.{n}": c for n, c in result.levels.series.items()}
     for table, columns in tables.items():
         first, rows = next((name, len(column)) for name, column in columns.items())

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from loadtest.report import accounts, charts, facts, gauges, sections, series
+from loadtest.report import accounts, charts, facts, gauges, prediction, sections, series
 from loadtest.report import quantities as q
 from loadtest.report.blocks import Axis, Block, Chart, Page, Section, Series, Tile, rounded, scaled, time_unit
 from loadtest.report.runs import Run
@@ -26,6 +26,7 @@ def page(run: Run) -> Page:
             _latency(result),
             _over_time(result),
             _stages(run),
+            *prediction.section(result.requests),
             Section("Requests that were refused or failed", list(sections.reasons([run]))),
             Section(
                 "Queue, KV and engine levels", gauges.charts_of_one(result.levels), intro=gauges.intro(result.levels)

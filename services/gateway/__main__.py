@@ -20,15 +20,17 @@ import uvloop
 
 from services.gateway import shared_port
 from services.gateway.access.access import Access
-from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
+from services.gateway.server import bound_sends, make_server
 from shared import settings as configuration
 from shared import telemetry
+from shared.access.connection import open_redis
 from shared.bus import Bus
 from shared.errors import SettingsError
+from shared.loop_lag import LoopLag
 from shared.probes import Probes, listen
 from shared.settings import GatewaySettings
 
@@ -37,6 +39,8 @@ log = logging.getLogger(__name__)
 # Young objects before a collection. Requests leave no cycles to speak of, and at Python's 700 the collector took a
 # sixth of the gateway's time (measured at 128 clients).
 GC_THRESHOLD = (50_000, 20, 50)
+# How long a thread that checks or tokenises something large keeps the loop waiting, each time; Python's 5 ms add up.
+SWITCH_S = 0.001
 
 
 def main() -> int:
@@ -83,6 +87,7 @@ async def serve(settings: GatewaySettings) -> None:
     metrics = Metrics(model)
     access = Access.open(settings, metrics.registry)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
+    bound_sends(listener)
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
         bus = await Bus.connect(settings.nats_url, f"gateway-{settings.id}")
@@ -90,9 +95,16 @@ async def serve(settings: GatewaySettings) -> None:
         listener.close()
         raise
     try:
-        async with Chores() as chores:
+        async with open_redis(settings.redis_url) as redis, Chores() as chores:
             gateway = Gateway(
-                settings, model, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores, access=access
+                settings,
+                model,
+                bus=bus,
+                tokenizer=tokenizer,
+                redis=redis,
+                metrics=metrics,
+                chores=chores,
+                access=access,
             )
             await gateway.listen()
             await _run(gateway, listener, stop)
@@ -103,7 +115,7 @@ async def serve(settings: GatewaySettings) -> None:
 
 async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
     settings = gateway.settings
-    server = _server(gateway)
+    server = make_server(gateway)
     url = f"http://{settings.host}:{listener.getsockname()[1]}"
     async with _probes(gateway, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{probe_url}/metrics"))
@@ -114,6 +126,8 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         gc.collect()
         gc.freeze()  # what is here now stays for good
         gc.set_threshold(*GC_THRESHOLD)
+        sys.setswitchinterval(SWITCH_S)
+        LoopLag(gateway.metrics.registry).start()
         log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
         await stop.wait()
         await _drain(gateway, server, listener)
@@ -121,18 +135,6 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         await serving
         watching.cancel()
     log.info("stopped")
-
-
-def _server(gateway: Gateway) -> uvicorn.Server:
-    config = uvicorn.Config(
-        Front(gateway),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
 
 
 @asynccontextmanager

@@ -1,14 +1,22 @@
-"""May this request come in? Pure: a snapshot in, nothing or an error out.
+"""May this request come in, and may it still? Pure: snapshots and predictions in, nothing or a refusal out.
 
-First cut: the bounds of this gateway, and whether anybody is alive. Targets, quotas and KV headroom come later and
-belong here.
+`admit` looks at the gateway's bounds when a request arrives. `feasible` looks at its target, when it has to wait and
+again when its turn has come. The target is the larger of the tier's and EMPTY times what this request would take on an
+empty cluster, so that no prompt is refused for being long; nothing is refused for its target while nothing waits and a
+worker is idle, nor before speeds are known.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import BatonError, ContextLengthExceeded, Draining, NoCapacity, QueueFull
+from shared.line import Line
 
 RETRY_WITHOUT_WORKERS_S = 5.0  # a worker needs longer to start, but clients should not stay away when it is there
+EMPTY = 1.5  # times its own prediction on an empty cluster: a target that anything may ask for
+LEAST_RETRY_S = 1.0
+MOST_RETRY_S = 60.0  # the official client waits no longer than that
+MOST_RATIO = 4.0  # of measured to predicted: a hiccup must not shut the door
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +28,26 @@ class Snapshot:
     decode_alive: bool
     requests: int  # queued or in flight here
     max_requests: int
-    queued: int
-    served_per_s: float  # requests finished in a second, of late
+    queued_tokens: int  # with those of the request that asks
+    max_queued_tokens: int
+    retry_after_s: Callable[[], float]  # when the line should be gone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What the cluster does in a second, of late; zeros where nothing is known."""
+
+    prefill_tokens_per_s: float = 0.0  # all workers that compute prompts
+    backlog_s: float = 0.0  # of prompts that they have already, on average
+    prompt_s: float = 0.0  # of a prompt that comes alone to the fastest,
+    token_s: float = 0.0  # and each of its tokens more
+    load_s: float = 0.0  # of a hand-off, and each of its tokens more
+    load_token_s: float = 0.0
+    prefillers: int = 0
+    free_sequences: float = 0.0  # on decode workers, within their target
+    sequences: float = 0.0  # in all
+    requests_per_s: float = 0.0  # that decode workers end when they are full
+    idle: bool = False  # there is a worker that does nothing
 
 
 def admit(snapshot: Snapshot) -> None:
@@ -33,13 +59,77 @@ def admit(snapshot: Snapshot) -> None:
     if not snapshot.decode_alive:
         raise NoCapacity("no decode worker is alive", retry_after_s=RETRY_WITHOUT_WORKERS_S)
     if snapshot.requests >= snapshot.max_requests:
-        raise QueueFull("too many requests are waiting", retry_after_s=retry_after_s(snapshot))
+        raise QueueFull("too many requests are waiting", retry_after_s=snapshot.retry_after_s())
+    if snapshot.queued_tokens > snapshot.max_queued_tokens:
+        raise QueueFull("too many prompt tokens are waiting", retry_after_s=snapshot.retry_after_s())
 
 
-def retry_after_s(snapshot: Snapshot) -> float:
-    """When the backlog should be gone, from 1 s to a minute."""
-    rate = snapshot.served_per_s or 1.0
-    return min(60.0, max(1.0, (snapshot.queued + 1) / rate))
+def empty_s(speeds: Speeds, tokens: int) -> float | None:
+    """The time to first token on an empty cluster; None: not known yet."""
+    if not speeds.token_s:
+        return None
+    return speeds.prompt_s + speeds.load_s + tokens * (speeds.token_s + speeds.load_token_s)
+
+
+def wait_s(speeds: Speeds, requests: int, tokens: float) -> float:
+    """How long one waits that has these before it: for prompts to be computed, or for sequences to end."""
+    prefill_s = decode_s = 0.0
+    if speeds.prefill_tokens_per_s:
+        overhead_s = requests * speeds.prompt_s / max(1, speeds.prefillers)
+        prefill_s = speeds.backlog_s + tokens / speeds.prefill_tokens_per_s + overhead_s
+    missing = requests + 1 - speeds.free_sequences
+    if missing > 0 and speeds.requests_per_s:
+        decode_s = missing / speeds.requests_per_s
+    return max(prefill_s, decode_s)
+
+
+def target_s(tier_s: float, on_empty_s: float) -> float:
+    return max(tier_s, EMPTY * on_empty_s)
+
+
+def feasible(*, expected_s: float, target: float, waits: bool, idle: bool) -> bool:
+    """`expected_s`: to the first token, from the request's arrival; `waits`: anybody else does."""
+    return expected_s <= target or (idle and not waits)
+
+
+class Correction:
+    """What predictions turned out to be worth: measured = fixed + ratio * predicted, of late."""
+
+    def __init__(self) -> None:
+        self._line = Line(proportional=True)
+
+    def see(self, predicted_s: float, measured_s: float) -> None:
+        """One outlier weighs no more than MOST_RATIO times its prediction, beyond what all have in common."""
+        fixed, _ = self._line.terms()
+        self._line.see(predicted_s, min(measured_s, fixed + MOST_RATIO * max(predicted_s, self._line.x)))
+
+    def __call__(self, predicted_s: float) -> float:
+        if not self._line.is_known:
+            return predicted_s
+        fixed, ratio = self._line.terms()
+        return fixed + min(ratio, MOST_RATIO) * predicted_s
+
+    @property
+    def ratio(self) -> float:
+        """Of the means, for a metric; 1 before anything is known."""
+        return self._line.y / self._line.x if self._line.is_known and self._line.x > 0 else 1.0
+
+
+class Appointments:
+    """When clients that were refused should come back: the time that is missing, and one after the other.
+
+    Told the same moment, all would come at once and be refused again. So each that is told a time takes what it will
+    cost from those after it; with real time the promises are worked off.
+    """
+
+    def __init__(self) -> None:
+        self._promised_until = 0.0
+
+    def next_s(self, now: float, *, missing_s: float, cost_s: float) -> float:
+        """Seconds until a client should ask again, LEAST_RETRY_S to MOST_RETRY_S."""
+        promised = min(max(now, self._promised_until) + cost_s, now + MOST_RETRY_S)
+        self._promised_until = promised
+        return min(MOST_RETRY_S, max(LEAST_RETRY_S, missing_s + promised - now))
 
 
 def fit(prompt: int, asked: int | None, context: int, *, prompt_param: str, limit_param: str) -> int:

@@ -13,6 +13,9 @@ class Answer(Protocol):
 
     async def end(self, usage: Usage) -> None: ...
 
+    def overrun(self) -> None:
+        """Rows come faster than they can be given away."""
+
 
 class Streamed:
     def __init__(self, exchange: Exchange, form: Form) -> None:
@@ -31,6 +34,9 @@ class Streamed:
     async def end(self, usage: Usage) -> None:
         await self._exchange.close(self._events.usage(usage) + self._exchange.receipt.comment() + DONE)
 
+    def overrun(self) -> None:
+        self._exchange.overrun()
+
 
 class Whole:
     def __init__(self, exchange: Exchange, form: Form) -> None:
@@ -42,6 +48,9 @@ class Whole:
 
     async def end(self, usage: Usage) -> None:
         await self._exchange.answer(200, self._collector.body(usage))
+
+    def overrun(self) -> None:
+        self._exchange.overrun()
 
 
 def answer(exchange: Exchange, form: Form) -> Answer:

@@ -13,9 +13,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.gateway import http_errors
+from services.gateway import document, http_errors
 from services.gateway.access.client import Client, unknown_model
 from services.gateway.access.gate import CLIENT, gated
+from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
@@ -33,6 +34,7 @@ class Front:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._intake = Intake(gateway.settings.max_bodies_bytes, gateway.metrics.registry)
         self._rest: ASGIApp = rest(gateway)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,12 +43,25 @@ class Front:
             await gated(self._gateway, self._rest, scope, receive, send)
             return
         settings = self._gateway.settings
-        exchange = Exchange(scope, receive, send, max_body_bytes=settings.max_body_bytes, idle_s=settings.header_wait_s)
+        exchange = Exchange(
+            scope,
+            receive,
+            send,
+            intake=self._intake,
+            max_body_bytes=settings.max_body_bytes,
+            body_s=settings.body_s,
+            idle_s=settings.header_wait_s,
+        )
         await Journey(self._gateway, exchange, kind).run()
 
 
 def rest(gateway: Gateway) -> FastAPI:
-    app = FastAPI(title="Baton", version=VERSION, description="OpenAI-compatible; prefill and decode run apart.")
+    app = FastAPI(
+        title="Baton",
+        version=VERSION,
+        description="OpenAI-compatible; prefill and decode run apart.",
+        redirect_slashes=False,  # it would build an address from what the client says its host is
+    )
     started = int(time.time())
 
     def model(request: Request) -> dict[str, object] | None:
@@ -63,22 +78,22 @@ def rest(gateway: Gateway) -> FastAPI:
             "max_model_len": gateway.fleet.max_model_len or None,
         }
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={200: {"model": document.ModelList}})
     async def models(request: Request) -> dict[str, object]:
         return {"object": "list", "data": [one for one in [model(request)] if one is not None]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses={200: {"model": document.ModelCard}, **document.errors(404)})
     async def one_model(request: Request, name: str) -> dict[str, object]:
         found = model(request)
         if name != gateway.model or found is None:
             raise unknown_model()
         return found
 
-    @app.get("/health")
+    @app.get("/health", responses={200: {"model": document.Health}})
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={status: {"model": document.Readiness} for status in (200, 503)})
     async def ready() -> JSONResponse:
         reason = gateway.not_ready()
         return JSONResponse(
@@ -91,6 +106,7 @@ def rest(gateway: Gateway) -> FastAPI:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     _document_hot_routes(app)
+    document.describe(app, gateway.model)
     app.add_exception_handler(BatonError, _baton_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app
@@ -99,12 +115,12 @@ def rest(gateway: Gateway) -> FastAPI:
 def _document_hot_routes(app: FastAPI) -> None:
     """Never called: `Front` answers these paths first."""
 
-    @app.post(CHAT, summary="Chat completion, streamed or not")
-    async def chat(body: ChatBody) -> dict[str, object]:
+    @app.post(CHAT, summary="Chat completion, streamed or not", responses=document.SERVED)
+    async def chat(body: ChatBody) -> document.ChatCompletion:
         raise NotImplementedError
 
-    @app.post(COMPLETIONS, summary="Text completion, streamed or not")
-    async def completion(body: CompletionBody) -> dict[str, object]:
+    @app.post(COMPLETIONS, summary="Text completion, streamed or not", responses=document.SERVED)
+    async def completion(body: CompletionBody) -> document.Completion:
         raise NotImplementedError
 
 

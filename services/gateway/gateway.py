@@ -8,30 +8,26 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from random import Random
 from typing import TYPE_CHECKING, TypeVar
 
+from redis.asyncio import Redis
+
 from services.gateway.access.access import Access
-from services.gateway.admission import Snapshot, retry_after_s
+from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
-from services.gateway.placement import place, prefillers
-from services.gateway.queue import Queue, Seat, Waiting
+from services.gateway.prefixes import Prefixes
+from services.gateway.seating import Seating
 from services.gateway.streams import Streams
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import (
     BatonError,
     BusUnavailable,
-    DeadlineInfeasible,
     Draining,
-    KvMemory,
-    NoCapacity,
-    Refused,
     Timeout,
     WorkerLost,
 )
@@ -48,7 +44,6 @@ M = TypeVar("M", bound=wire.Message)
 CANCEL_S = 5.0
 GOODBYE_S = 2.0  # for the last error events to be written
 NOBODY_S = 5.0  # that a request in line waits for a decode worker when none is alive; a paused one comes back sooner
-RATE_WINDOW = 64  # requests over which the service rate is taken
 
 
 class Gateway:
@@ -61,6 +56,7 @@ class Gateway:
         *,
         bus: Bus,
         tokenizer: ChatTokenizer,
+        redis: Redis,
         metrics: Metrics,
         chores: Chores,
         access: Access | None = None,
@@ -74,9 +70,13 @@ class Gateway:
         self.chores = chores
         self.access = access or Access()
         self.access.start(chores)
-        self.fleet = Fleet(model)
+        self.fleet = Fleet(model, gateway=settings.id, arrangement=settings.arrangement)
         self.fleet.on_change(self._fleet_changed)
-        self.queue = Queue(self._seat, self.unseat)
+        self.seating = Seating(settings, self.fleet)
+        self.queue = self.seating.queue
+        self.prefixes = Prefixes(
+            redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
+        )
         self.streams = Streams(self.cancel)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
@@ -88,12 +88,12 @@ class Gateway:
         self._nobody_since: float | None = None  # no decode worker alive
         self.draining = False
         self.seen_path = False
-        self.random = Random()  # noqa: S311 - breaks ties between workers
         self._change = asyncio.Event()
-        self._finished: deque[float] = deque(maxlen=RATE_WINDOW)
         metrics.live(
             active=lambda: len(self.journeys),
             queued=lambda: len(self.queue),
+            queued_tokens=lambda: self.queue.tokens,
+            correction=lambda: self.seating.correction.ratio,
             workers=self.fleet.states,
             dropped=lambda: bus.bad_messages + self.streams.bad_rows,
         )
@@ -132,37 +132,23 @@ class Gateway:
             return "no complete path through the cluster has been ready yet"
         return self.access.not_ready()
 
-    def snapshot(self, more: int = 0) -> Snapshot:
-        """`more`: prompts that a request has beyond its first."""
-        span = time.monotonic() - self._finished[0] if self._finished else 0.0
+    def snapshot(self, *, more: int, tokens: int) -> Snapshot:
+        """`more`: prompts that a request has beyond its first; `tokens`: of all of them."""
         return Snapshot(
             draining=self.draining,
             connected=self.bus.connected,
             decode_alive=self.fleet.has("decode"),
             requests=self._prompts - 1 + more,  # the one that asks is among them
             max_requests=self.settings.max_requests,
-            queued=len(self.queue),
-            served_per_s=len(self._finished) / span if span > 0 else 0.0,
+            queued_tokens=self.queue.tokens + tokens,
+            max_queued_tokens=self.settings.max_queued_tokens,
+            retry_after_s=lambda: self.seating.retry_after_s(tokens),
         )
 
-    def refusal(self, last_busy: str) -> Refused:
-        """Why a request that waited for its full time got no place."""
-        snapshot = self.snapshot()
-        again = retry_after_s(snapshot)
-        if not snapshot.decode_alive:
-            return NoCapacity("no decode worker is alive", retry_after_s=again)
-        if last_busy == KvMemory.code:
-            return KvMemory("no worker has memory for this prompt now", retry_after_s=again)
-        return DeadlineInfeasible("no worker had room in time", retry_after_s=again)
-
-    def unseat(self, seat: Seat) -> None:
-        for charge in seat.charges.values():
-            self.fleet.settle(charge)
-
-    def other_prefiller(self, tried: set[str], decode: str) -> str | None:
-        """Who could take over a prefill job now."""
-        able = prefillers(self.fleet.candidates(), tried | {decode}, self.random)
-        return able[0].id if able else None
+    def pump(self) -> None:
+        """Something has been heard that may make room."""
+        if len(self.queue):
+            self.queue.pump()
 
     async def fleet_change(self) -> None:
         """Until the fleet is not what it was: a beat came, a worker was lost."""
@@ -176,15 +162,13 @@ class Gateway:
     def more_prompts(self, count: int) -> None:
         self._prompts += count
 
-    def leave(self, journey: "Journey", *, served: bool) -> None:
+    def leave(self, journey: "Journey") -> None:
         """A request has gone: perhaps another fits."""
         self.journeys.discard(journey)
         self._prompts -= journey.prompts
-        if served:
-            self._finished.append(time.monotonic())
         if not self.journeys:
             self._idle.set()
-        self.queue.pump()
+        self.pump()
 
     async def drain(self, grace_s: float) -> None:
         """Refuse what is new, let what runs finish, end the rest with an error that says why."""
@@ -229,9 +213,12 @@ class Gateway:
                 ):
                     # The scope decides; the bus's own deadline is only there because it wants one.
                     reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
+                    # wait_for of Python 3.11, which nats-py uses, loses a cancellation that comes with the answer.
+                    if (task := asyncio.current_task()) is not None and task.cancelling():
+                        raise asyncio.CancelledError
         except TimeoutError:
             raise reason or Timeout(f"a worker did not answer within {timeout_s:g} s") from None
-        self.fleet.report(worker, reply.backlog)  # type: ignore[union-attr] # answers to jobs all carry it
+        self.fleet.report(worker, reply.backlog, time.monotonic())  # type: ignore[union-attr] # answers to jobs have it
         return reply
 
     @contextlib.contextmanager
@@ -276,7 +263,12 @@ class Gateway:
             incarnation=incarnation,
             state="draining" if self.draining else "starting" if self.not_ready() else "ready",
             model=self.model,
-            backlog=wire.Backlog(running=len(self.streams), waiting=len(self.queue)),
+            backlog=wire.Backlog(
+                running=len(self.streams),
+                waiting=len(self.queue),
+                queued_tokens=self.queue.tokens,
+                queued_prompts=len(self.queue),
+            ),
             metrics_url=metrics_url,
             version=VERSION,
         )
@@ -294,11 +286,11 @@ class Gateway:
 
     def _on_batch(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
-            self._look_at_bus(time.monotonic())
-            self.streams.put(message, time.monotonic())
-            self.fleet.report(message.worker, message.backlog)
-            if len(self.queue):
-                self.queue.pump()
+            now = time.monotonic()
+            self._look_at_bus(now)
+            self.streams.put(message, now)
+            self.fleet.report(message.worker, message.backlog, now)
+            self.pump()
 
     def _hears(self, now: float) -> bool:
         """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""
@@ -319,31 +311,11 @@ class Gateway:
         if self._nobody_since is None:
             self._nobody_since = now
         if now - self._nobody_since > NOBODY_S:
-            self.queue.refuse(lambda: self.refusal(""))
+            self.queue.refuse(lambda: self.seating.refusal(""))
 
     def _fleet_changed(self) -> None:
         if not self.seen_path and self.fleet.has("decode"):
             self.seen_path = self.settings.arrangement != "split" or self.fleet.has("prefill")
-        self.queue.pump()
+        self.pump()
         change, self._change = self._change, asyncio.Event()
         change.set()
-
-    def _seat(self, waiting: Waiting) -> Seat | None:
-        avoid = {worker for worker, beats in waiting.avoid.items() if self.fleet.beats(worker) == beats}
-        placement = place(
-            self.fleet.candidates(),
-            waiting.wish,
-            arrangement=self.settings.arrangement,
-            local_prefill_tokens=self.settings.local_prefill_tokens,
-            avoid=avoid,
-            random=self.random,
-        )
-        if placement is None:
-            return None
-        whole = placement.prefill is None
-        charges = {
-            placement.decode: self.fleet.charge(placement.decode, jobs=1, tokens=waiting.wish.tokens if whole else 0)
-        }
-        if placement.prefill is not None:
-            charges[placement.prefill] = self.fleet.charge(placement.prefill, jobs=1, tokens=waiting.wish.tokens)
-        return Seat(placement, charges)

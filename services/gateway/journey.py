@@ -17,7 +17,7 @@ from services.gateway.access.access import Bill, Wanted
 from services.gateway.access.client import ANONYMOUS
 from services.gateway.admission import admit, fit
 from services.gateway.answer import Answer, answer
-from services.gateway.edge import reading
+from services.gateway.edge import pieces, reading
 from services.gateway.edge.render import Form, Prompt, Usage
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
@@ -39,6 +39,8 @@ class Asked:
     body: Body
     prompts: list[Prompt]
     limits: list[int]  # how many tokens each may be answered with
+    packed: list[bytes]
+    hits: list[dict[str, int]]  # node -> leading tokens of each whose KV it holds
 
 
 class Journey:
@@ -92,7 +94,7 @@ class Journey:
                 for course in self._courses:
                     course.fail()
                 exchange.release()
-                gateway.leave(self, served=all(course.state is State.DONE for course in self._courses))
+                gateway.leave(self)
                 self._settle(error)
             if error is not None:
                 span.set_attributes(genai.error(error.code))
@@ -125,17 +127,19 @@ class Journey:
         self._client = gateway.access.client(exchange.authorization)
         trace.get_current_span().set_attribute("baton.tenant", self._client.tenant)
         data = await exchange.body()
-        body = reading.read(
+        body = await pieces.read(
             self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
         )
+        exchange.checked()
         self._tier = body.tier
         self._client.check(model=body.model, tier=body.tier)
         exchange.streams = body.streamed
+        exchange.check_stream()
         exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
         prompts = await self._prompts(body)
         named = {param: prompt.tokens for param, prompt in prompts.items()}
-        reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
         limits = [self._limit(body, tokens, param) for param, tokens in named.items()]
+        reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
         trace.get_current_span().set_attributes(
             genai.request(
                 chat=isinstance(body, ChatBody),
@@ -144,7 +148,9 @@ class Journey:
                 response_id=self._response_id(),
             )
         )
-        return Asked(body=body, prompts=list(prompts.values()), limits=limits)
+        packed = [wire.pack_tokens(tokens) for tokens in named.values()]
+        hits = [await gateway.prefixes.hits(tokens) for tokens in packed]
+        return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, hits=hits)
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
         """Every prompt as token ids, by the parameter that an error would name."""
@@ -176,7 +182,7 @@ class Journey:
         self._courses[0].enter(State.ADMISSION)
         await self._charge(asked)
         more = len(asked.prompts) - 1
-        admit(self._gateway.snapshot(more))
+        admit(self._gateway.snapshot(more=more, tokens=sum(len(prompt.tokens) for prompt in asked.prompts)))
         self._courses += [Course(State.ADMISSION) for _ in range(more)]
         self._exchange.receipts += [Receipt() for _ in range(more)]
         self._gateway.more_prompts(more)
@@ -201,14 +207,26 @@ class Journey:
             Load(
                 id=f"{id_}-{index}" if many else id_,
                 tokens=prompt.tokens,
-                packed=wire.pack_tokens(prompt.tokens),
+                packed=packed,
                 sampling=body.sampling(max(1, limit)),
                 first_choice=index * (body.n or 1),
             )
-            for index, (prompt, limit) in enumerate(zip(asked.prompts, asked.limits, strict=True))
+            for index, (prompt, packed, limit) in enumerate(zip(asked.prompts, asked.packed, asked.limits, strict=True))
         ]
-        parts = zip(loads, self._courses, self._exchange.receipts, strict=True)
-        return [Leg(self._gateway, load, course, receipt, self._began) for load, course, receipt in parts]
+        parts = zip(loads, asked.hits, self._courses, self._exchange.receipts, strict=True)
+        return [
+            Leg(
+                self._gateway,
+                load,
+                course,
+                receipt,
+                began=self._began,
+                tier=self._tier,
+                tenant=self._client.tenant,
+                hits=hits,
+            )
+            for load, hits, course, receipt in parts
+        ]
 
     # ---- 4 to 8 are in leg.py; 9: the end ------------------------------------------------------------------
 

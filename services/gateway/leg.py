@@ -15,18 +15,18 @@ from services.gateway.edge.render import Usage
 from services.gateway.gateway import Gateway
 from services.gateway.placement import Wish
 from services.gateway.prefilling import NoPrefill, Prefilling
-from services.gateway.queue import Seat
+from services.gateway.queue import Seat, Waiting
 from services.gateway.receipt import Receipt
-from services.gateway.resume import Load, Sent, is_resumable
+from services.gateway.resume import Load, Sent, goes_on_by_prompt, repeats_itself
 from services.gateway.states import Course, State
 from services.gateway.streams import Stream
 from shared import subjects, wire
-from shared.errors import BatonError, Refused, Timeout, WorkerLost
+from shared.errors import BatonError, Refused, ResumeInexact, Timeout, WorkerLost
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 4  # decode jobs lost, resumed streams included
-MAX_BUSY = 3  # refusals by workers that looked free
+MAX_ATTEMPTS = 4  # decode jobs lost without a new token in between
+MAX_BUSY = 3  # refusals by workers that looked free; a stream that has begun goes by the queue's time alone
 RESERVE_S = 30.0  # a worker answers Busy well before
 
 
@@ -47,29 +47,52 @@ class Tries:
     lost: int = 0
     busy: int = 0
     last_busy: str = ""
+    sent: int = 0  # tokens that the client had at the last loss
     avoid: dict[str, int] = field(default_factory=dict)
 
 
 class Leg:
     """Create one a prompt and `run` it once."""
 
-    def __init__(self, gateway: Gateway, load: Load, course: Course, receipt: Receipt, began: float) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        load: Load,
+        course: Course,
+        receipt: Receipt,
+        *,
+        began: float,
+        tier: str,
+        tenant: str,
+        hits: dict[str, int],
+    ) -> None:
         self._gateway = gateway
+        self._tier = tier
+        self._tenant = tenant
         self._original = load
         self._load = load  # of this attempt
-        self._sent = Sent()
+        self._sent = Sent(load.first_choice, load.sampling.n)
         self._course = course
         self._receipt = receipt
         self._began = began
         self._wish = Wish(
-            tokens=len(load.tokens), whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs"
+            tokens=len(load.tokens),
+            output=round(min(load.sampling.max_tokens, gateway.fleet.expected_output)) * load.sampling.n,
+            whole="" if load.sampling.prompt_logprobs is None else "prompt_logprobs",
+            hits=hits,
         )
+        self._entered = began  # when it came in line first
+        self._first: Waiting | None = None  # as it did
         self._tries = Tries()
-        self._resumable = is_resumable(load.sampling)
+        self._by_prompt = goes_on_by_prompt(load.sampling)
         self.first_token_at = 0.0
         self._last_token_at = 0.0
         self.finish_reasons: list[str] = []
-        self.generated = 0  # tokens, in all attempts
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the client has, over all attempts."""
+        return self._sent.count
 
     @property
     def began(self) -> bool:
@@ -78,13 +101,13 @@ class Leg:
 
     async def run(self, out: Answer) -> Usage:
         """Raises the error that ends it."""
-        queued_until = time.monotonic() + self._gateway.settings.queue_s
+        self._entered = time.monotonic()
         lost: BatonError | None = None
         while True:
             try:
-                seat = await self._place(queued_until)
+                seat = await self._place()
             except Refused as refused:
-                raise (lost if lost is not None and self._sent.count else refused) from None
+                raise (lost if lost is not None and self._sent.has_begun else refused) from None
             try:
                 usage = await self._serve(seat, out)
                 break
@@ -93,24 +116,34 @@ class Leg:
             except BatonError as error:
                 self._again(error, seat)
                 lost = error
-                queued_until = time.monotonic() + self._gateway.settings.queue_s
+                self._entered = time.monotonic()
             finally:
-                self._gateway.unseat(seat)
+                self._gateway.seating.unseat(seat)
         self._course.enter(State.DONE)
+        self._gateway.seating.answered(self._tier, self._tenant, usage.completion)
         return usage
 
     # ---- 4: queue, placement -------------------------------------------------------------------------------
 
-    async def _place(self, until: float) -> Seat:
+    async def _place(self) -> Seat:
+        """One that a worker refused comes back with its old deadline; one that is to be resumed goes before all."""
         self._course.enter(State.QUEUED)
-        gateway, tries = self._gateway, self._tries
-        seat = await gateway.queue.take(
-            self._wish,
-            tries.avoid,
-            wait_s=until - time.monotonic(),
-            refusal=lambda: gateway.refusal(tries.last_busy),
+        tries, target = self._tries, self._gateway.settings.target(self._tier)
+        waiting = Waiting(
+            tier=self._tier,
+            tenant=self._tenant,
+            tokens=self._wish.uncached,
+            deadline=self._began + target.ttft_s,
+            urgent=tries.lost > 0,
+            wish=self._wish,
+            avoid=tries.avoid,
+            since=self._began,
+            entered=self._entered,
+            fresh=self._first is None,
         )
-        self._receipt.placed(seat.placement)
+        self._first = self._first or waiting
+        seat = await self._gateway.seating.take(waiting, tries.last_busy)
+        self._receipt.placed(seat.placement, self._first.expected_s)
         return seat
 
     # ---- 5 to 8: reserve, prefill, decode, stream ----------------------------------------------------------
@@ -121,6 +154,7 @@ class Leg:
         self._tries.attempt += 1
         attempt = self._tries.attempt
         stream = gateway.streams.open(self._load.id, attempt, self._load.sampling.n, self._load.first_choice)
+        stream.on_overrun = out.overrun
         prefilling: Prefilling | None = None
         refused = False
         try:
@@ -140,7 +174,6 @@ class Leg:
             refused = True
             raise
         finally:
-            self.generated += stream.tokens
             gateway.streams.close(stream)
             if prefilling is not None:
                 prefilling.close()
@@ -149,6 +182,11 @@ class Leg:
 
     async def _reserve(self, seat: Seat, attempt: int) -> wire.Accepted:
         gateway, worker = self._gateway, seat.placement.decode
+        load, forces = self._load, gateway.fleet.forces(worker)
+        if load.replay and not (forces or repeats_itself(load.sampling)):
+            if gateway.fleet.has_forcing():
+                raise WorkerBusy(worker, "cannot_repeat")
+            raise ResumeInexact("the stream was lost, and no worker there is can repeat what was sent")
         job = wire.DecodeJob(
             request=self._load.id,
             attempt=attempt,
@@ -158,6 +196,7 @@ class Leg:
             prefill=seat.placement.prefill is not None,
             timeout_s=self._left_s(),
             handoff_s=gateway.settings.handoff_s,
+            replay=list(load.replay) if forces else [],
         )
         seat.charges[worker].sent = True
         subject = subjects.decode(gateway.settings.cluster, worker)
@@ -174,7 +213,7 @@ class Leg:
         receipt = self._receipt
         if accepted.cached_tokens >= len(self._load.tokens):
             # The decode node holds every block already.
-            self._gateway.unseat(seat)
+            self._gateway.seating.unseat(seat)
             receipt.prefill, receipt.reason = None, "cached"
             stream.watch(time.monotonic())
             return None
@@ -190,26 +229,26 @@ class Leg:
         return Prefilling(self._gateway, seat, job, stream, receipt)
 
     async def _stream(self, stream: Stream, out: Answer, prefilling: Prefilling | None) -> None:
-        last = 0.0
         while rows := await stream.read():
             now = time.monotonic()
-            if last:
-                self._gateway.metrics.gap(now - last)
-            else:
-                self._begin(now, None if prefilling is None else prefilling.done_at)
-            last = now
-            self.finish_reasons.extend(row.finish.reason for row in rows if row.finish is not None)
-            await out.rows(self._sent.take(rows) if self._resumable else rows)
-            self._last_token_at = now
+            if self._course.state is not State.STREAMING:
+                self._course.enter(State.STREAMING)
+            if new := self._sent.take(rows):
+                self._saw(now, None if prefilling is None else prefilling.done_at)
+                self.finish_reasons.extend(row.finish.reason for row in new if row.finish is not None)
+                await out.rows(new)
 
-    def _begin(self, now: float, prefilled_at: float | None) -> None:
-        self._course.enter(State.STREAMING)
-        if self.first_token_at:  # a resumed stream: for the client this was a long gap
-            self._gateway.metrics.gap(now - self._last_token_at)
+    def _saw(self, now: float, prefilled_at: float | None) -> None:
+        """Something new for the client; while a stream is resumed there was one long gap."""
+        last, self._last_token_at = self._last_token_at, now
+        if self.first_token_at:
+            self._gateway.metrics.gap(now - last)
             return
         self.first_token_at = now
         self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
+        if self._first is not None and not self._tries.lost:
+            self._gateway.seating.saw(self._first, now - self._first.entered)
 
     # ---- what next, when an attempt did not end well -------------------------------------------------------
 
@@ -219,17 +258,17 @@ class Leg:
         tries.busy += 1
         tries.last_busy = busy.reason
         tries.avoid[busy.worker] = gateway.fleet.beats(busy.worker)
-        if tries.busy > MAX_BUSY:
-            raise gateway.refusal(busy.reason)
+        if tries.busy > MAX_BUSY and not self._sent.has_begun:
+            raise gateway.seating.refusal(busy.reason)
 
     def _again(self, error: BatonError, seat: Seat) -> None:
         """Place it once more with the next attempt, or raise what ends it."""
         tries, gateway = self._tries, self._gateway
-        streaming = self._course.state is State.STREAMING
-        before = not streaming and isinstance(error, (NoPrefill, Timeout))
-        if not (before or error.retryable) or (streaming and not self._resumable):
+        before = self._course.state is not State.STREAMING and isinstance(error, (NoPrefill, Timeout))
+        if not (before or error.retryable):
             raise error
-        tries.lost += 1
+        progress = self._sent.count > tries.sent
+        tries.lost, tries.sent = 1 if progress else tries.lost + 1, self._sent.count
         if tries.lost >= MAX_ATTEMPTS:
             raise error
         self._receipt.retries += 1
@@ -239,9 +278,10 @@ class Leg:
         else:
             worker = seat.placement.decode
             tries.avoid[worker] = gateway.fleet.beats(worker)
-            gateway.metrics.retried("resume" if streaming else "decode")
-        if streaming:
-            self._load = self._original.after(self._sent.resume())
+            gateway.metrics.retried("resume" if self._sent.has_begun else "decode")
+        if self._sent.has_begun:
+            ways = {"by_prompt": self._by_prompt, "forces": gateway.fleet.has_forcing()}
+            self._load = self._original.after(*self._sent.resume(**ways))
             self._wish = replace(self._wish, tokens=len(self._load.tokens))
         log.info("request %s: attempt %d ended with %s", self._load.id, tries.attempt, error.code)
 
@@ -258,7 +298,8 @@ class Leg:
         prompt = len(self._original.tokens)
         cached = min(max(0, cached), prompt - 1)
         self._receipt.cached_tokens = cached
-        completion = self._sent.count if self._resumable else decode.completion_tokens or stream.tokens
+        resumed = self._load is not self._original
+        completion = self._sent.count if resumed else decode.completion_tokens or stream.tokens
         return Usage(prompt=prompt, completion=completion, cached=cached)
 
     def _left_s(self) -> float:

@@ -39,6 +39,10 @@ class Metrics:
         self._retries = Counter("baton_retries_total", "Jobs given to another worker", ("phase",), registry=own)
         for phase in ("prefill", "decode", "resume"):
             self._retries.labels(phase)
+        index_failures = Counter(
+            "baton_prefix_index_failures_total", "Look-ups that Redis did not answer", registry=own
+        )
+        self.index_failed = index_failures.inc
         self._first = Histogram(
             "baton_time_to_first_token_seconds", "From the request's first byte", buckets=LATENCIES, registry=own
         )
@@ -56,6 +60,8 @@ class Metrics:
         *,
         active: Callable[[], int],
         queued: Callable[[], int],
+        queued_tokens: Callable[[], int],
+        correction: Callable[[], float],
         workers: Callable[[], dict[tuple[str, str], int]],
         dropped: Callable[[], int],
     ) -> None:
@@ -64,6 +70,12 @@ class Metrics:
             self._model
         ).set_function(active)
         Gauge("baton_queue_depth", "Waiting for a worker", registry=self.registry).set_function(queued)
+        Gauge("baton_queue_tokens", "Prompt tokens that wait", registry=self.registry).set_function(queued_tokens)
+        Gauge(
+            "baton_ttft_prediction_ratio",
+            "Measured over predicted time to first token, of late",
+            registry=self.registry,
+        ).set_function(correction)
         Gauge("baton_bad_messages", "Messages that could not be used", registry=self.registry).set_function(dropped)
         self.registry.register(_Workers(workers))
         watch_process(self.registry)

@@ -1,34 +1,46 @@
-"""Which workers take a request: pure, from a snapshot of the fleet.
+"""Which workers take a request: pure, from a snapshot of the fleet, by the predicted time to its first token.
 
-`split` sends every request through prefill while a prefill worker lives, `unsplit` never, `auto` keeps short prompts
-on one worker. A worker without room (running and waiting at their limits) is not chosen: requests wait at the gateway.
-Invariant: prefill and decode of one request have the same fingerprint, or one of them has not said.
+`split` sends every request through prefill while a prefill worker lives, `unsplit` never, `auto` takes what is sooner
+and keeps a prompt off a decode worker whose streams it would hold up beyond their target. Requests wait at the gateway
+and are bound late: a worker gets its next prompt when it has less than AHEAD_S of work, its next sequence when there is
+room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices", Mitzenmacher
+2001): gateways that know the same do not all choose the same. Invariant: prefill and decode of one request have the
+same fingerprint, or one of them has not said.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from random import Random
+
+AHEAD_S = 0.05  # far above the way from "done" here to the next prompt there, far below any target
+LOOK_AT = 4  # workers with room that are compared, of as many as there are
+LOOK_FOR = 8  # asked whether they may, where another way is open
+TIE = 0.1  # predictions this close, as a share, say the same
+TIE_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A worker as placement sees it: its own figures plus what this gateway has just sent it."""
+    """A worker as placement sees it: predictions from its own figures and from what this gateway has just sent it.
+
+    Every time is 0 as long as it is not known; `token_s` says whether `prompt_s` and `begins_at` are.
+    """
 
     id: str
     takes: frozenset[str]  # prefill, decode
     node: str = ""
     fingerprint: str = ""
-    jobs: int = 0
-    queued_tokens: int = 0
-    max_running: int = 0  # 0: it has not said, so any number
-    max_waiting: int = 0
-    kv_usage: float = 0.0
-    prefill_tokens_per_s: float = 0.0  # 0: not known yet
-    decode_step_s: float = 0.0
-
-    @property
-    def has_room(self) -> bool:
-        return self.max_running == 0 or self.jobs < self.max_running + self.max_waiting
+    has_room: bool = True  # for another job
+    load: float = 0.0  # share of its sequences that have a job
+    begins_at: float = 0.0  # when it should have computed the prompts that it has
+    prompt_s: float = 0.0  # what a prompt takes,
+    token_s: float = 0.0  # and each of its tokens more
+    sequence_s: float = 0.0  # until a sequence is free
+    step_s: float = 0.0  # of a decode step with one sequence more; 0: nothing else runs
+    load_s: float = 0.0  # from a hand-off to the first token,
+    load_token_s: float = 0.0  # and for each token of the prompt
+    kv_free: float = inf  # tokens that the engine's KV cache has room for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +48,22 @@ class Wish:
     """What placement must know of a request."""
 
     tokens: int  # of its prompt
+    output: int = 0  # tokens that it may be expected to be answered with, over all choices
     whole: str = ""  # why one worker must do it all: prompt_logprobs, or prefill_failed after an attempt
+    hits: Mapping[str, int] = field(default_factory=dict)  # node -> leading tokens whose KV it holds
+
+    @property
+    def uncached(self) -> int:
+        """Tokens to compute where most of it is held; the last one always is."""
+        return max(1, self.tokens - max(self.hits.values(), default=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    arrangement: str  # split | unsplit | auto
+    strategy: str = "predicted"  # or least_loaded: by load alone, for comparison
+    local_prefill_tokens: int = 256  # auto, before speeds are known: shorter prompts are not split
+    itl_s: float = inf  # target of the gap between tokens, on the decode side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,82 +71,250 @@ class Placement:
     decode: str
     prefill: str | None
     reason: str  # for the receipt
-    predicted_ttft_s: float | None = None  # None: a rate is not known yet
+    predicted_ttft_s: float | None = None  # from now; None: a speed is not known yet
 
     @property
     def path(self) -> str:
         return "whole" if self.prefill is None else "split"
 
 
+class Pools:
+    """The candidates by the work that they take. Replaced one by one; looked up without walking over all."""
+
+    def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
+        self._all: dict[str, Candidate] = {}
+        self._open: dict[str, _Pool] = {"prefill": _Pool(), "decode": _Pool()}
+        self._can_split: bool | None = None  # not known since the last change
+        for candidate in candidates:
+            self.put(candidate)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._all.values())
+
+    def put(self, candidate: Candidate) -> None:
+        old = self._all.get(candidate.id)
+        if old is None or old.takes != candidate.takes or old.fingerprint != candidate.fingerprint:
+            self._can_split = None
+        self._all[candidate.id] = candidate
+        for work, pool in self._open.items():
+            if candidate.has_room and work in candidate.takes:
+                pool.put(candidate)
+            else:
+                pool.remove(candidate.id)
+
+    def remove(self, worker: str) -> None:
+        if self._all.pop(worker, None) is not None:
+            self._can_split = None
+            for pool in self._open.values():
+                pool.remove(worker)
+
+    def with_room(self, work: str) -> Sequence[Candidate]:
+        return self._open[work].members
+
+    def get(self, worker: str) -> Candidate | None:
+        return self._all.get(worker)
+
+    def takers(self, work: str) -> list[Candidate]:
+        """Full or not."""
+        return [one for one in self._all.values() if work in one.takes]
+
+    @property
+    def can_split(self) -> bool:
+        """Whether any two fit. One that is full, or has just failed a request, still lives and is waited for."""
+        if self._can_split is None:
+            decoders = self.takers("decode")
+            self._can_split = any(_fit(one, other) for one in self.takers("prefill") for other in decoders)
+        return self._can_split
+
+
+class _Pool:
+    """A list without order from which one is taken out in constant time."""
+
+    def __init__(self) -> None:
+        self.members: list[Candidate] = []
+        self._places: dict[str, int] = {}
+
+    def put(self, candidate: Candidate) -> None:
+        place_ = self._places.get(candidate.id)
+        if place_ is None:
+            self._places[candidate.id] = len(self.members)
+            self.members.append(candidate)
+        else:
+            self.members[place_] = candidate
+
+    def remove(self, worker: str) -> None:
+        place_ = self._places.pop(worker, None)
+        if place_ is None:
+            return
+        last = self.members.pop()
+        if place_ < len(self.members):
+            self.members[place_] = last
+            self._places[last.id] = place_
+
+
 def place(
-    candidates: Sequence[Candidate],
-    wish: Wish,
-    *,
-    arrangement: str,
-    local_prefill_tokens: int,
-    avoid: Collection[str],
-    random: Random,
+    pools: Pools, wish: Wish, rules: Rules, *, avoid: Collection[str], random: Random, now: float
 ) -> Placement | None:
     """None: nobody has room now."""
-    decoders = [one for one in candidates if "decode" in one.takes and one.id not in avoid and one.has_room]
-    reason = _why_whole(candidates, wish, arrangement, local_prefill_tokens)
-    if reason:
-        best = _least_loaded(decoders, random)
-        if best is None:
+    choice = _Choice(pools, wish, rules, avoid, random, now)
+    if reason := _why_whole(pools, wish, rules):
+        return choice.whole(reason, gently=False)
+    split = choice.split(rules.arrangement)
+    if rules.arrangement != "auto":
+        return split
+    return _sooner(split, choice.whole("sooner", gently=True), wish, rules)
+
+
+def other_prefiller(pools: Pools, decode: str, *, avoid: Collection[str], random: Random, now: float) -> str | None:
+    """Who could take over a prefill job for this decode worker now; late binding is not for one that is late."""
+    partner = pools.get(decode)
+    able = [
+        (max(0.0, one.begins_at - now), one)
+        for one in pools.with_room("prefill")
+        if one.id not in avoid and (partner is None or _fit(one, partner))
+    ]
+    best = _best(able, random)
+    return best.id if best else None
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One placement in the making. What it calls for every worker is kept flat: it is most of a placement's cost.
+
+    Times to first token are inf for a worker that may not have the request.
+    """
+
+    pools: Pools
+    wish: Wish
+    rules: Rules
+    avoid: Collection[str]
+    random: Random
+    now: float
+
+    def split(self, reason: str) -> Placement | None:
+        """The soonest pair of workers."""
+        open_ = self.pools.with_room("prefill")
+        prefill = _best(self._look(open_, self._prefill_s), self.random)
+        if prefill is None:
             return None
-        predicted = _predicted(best, best, wish)
-        return Placement(decode=best.id, prefill=None, reason=reason, predicted_ttft_s=predicted)
-    for prefill in prefillers(candidates, avoid, random):
-        decode = _least_loaded([one for one in decoders if _fit(prefill, one)], random)
-        if decode is not None:
-            predicted = _predicted(prefill, decode, wish)
-            return Placement(decode=decode.id, prefill=prefill.id, reason=arrangement, predicted_ttft_s=predicted)
-    return None
+        if (pair := self._pair(prefill, reason)) is not None:
+            return pair
+        # Its decode partners are full or of another shape; rare, so all others are tried.
+        others = sorted((self._prefill_s(one), one.id, one) for one in open_ if one.id != prefill.id)
+        pairs = (self._pair(one, reason) for prefill_s, _, one in others if prefill_s < inf)
+        return next(filter(None, pairs), None)
+
+    def whole(self, reason: str, *, gently: bool) -> Placement | None:
+        """The soonest worker for everything. `gently`: only where it holds up no stream beyond its target."""
+        gently = gently and self.rules.strategy == "predicted"
+        itl_s = self.rules.itl_s
+
+        def ttft_s(one: Candidate) -> float:
+            if not self._can_decode(one):
+                return inf
+            if gently and one.load and one.step_s + self._prompt_s(one) > itl_s:
+                return inf
+            return max(self._prefill_s(one), one.sequence_s)
+
+        found = self._look(self.pools.with_room("decode"), ttft_s, LOOK_FOR if gently else None)
+        decode = _best(found, self.random)
+        if decode is None:
+            return None
+        return Placement(
+            decode=decode.id,
+            prefill=None,
+            reason=reason,
+            predicted_ttft_s=ttft_s(decode) if decode.token_s else None,
+        )
+
+    def _pair(self, prefill: Candidate, reason: str) -> Placement | None:
+        prefill_s, tokens = self._prefill_s(prefill), self.wish.tokens
+
+        def ttft_s(one: Candidate) -> float:
+            if not self._can_decode(one) or not _fit(prefill, one):
+                return inf
+            return max(prefill_s, one.sequence_s) + one.load_s + one.load_token_s * tokens
+
+        decode = _best(self._look(self.pools.with_room("decode"), ttft_s), self.random)
+        if decode is None:
+            return None
+        return Placement(
+            decode=decode.id,
+            prefill=prefill.id,
+            reason=reason,
+            predicted_ttft_s=ttft_s(decode) if prefill.token_s else None,
+        )
+
+    def _look(
+        self, pool: Sequence[Candidate], ttft_s: Callable[[Candidate], float], most: int | None = None
+    ) -> list[tuple[float, Candidate]]:
+        """A few who are able, from a random one on: all of them where they are few. `most`: not asked more."""
+        found: list[tuple[float, Candidate]] = []
+        by_load = self.rules.strategy == "least_loaded"
+        first = int(self.random.random() * len(pool))
+        start = first - len(pool)
+        for index in range(start, first if most is None else min(first, start + most)):
+            one = pool[index]
+            score = ttft_s(one)
+            if score < inf and one.id not in self.avoid:
+                found.append((one.load if by_load else score, one))
+                if len(found) == LOOK_AT:
+                    break
+        return found
+
+    def _prefill_s(self, one: Candidate) -> float:
+        ahead_s = one.begins_at - self.now
+        if ahead_s <= 0:
+            return self._prompt_s(one)
+        if ahead_s >= AHEAD_S and self.rules.strategy == "predicted":
+            return inf
+        return ahead_s + self._prompt_s(one)
+
+    def _prompt_s(self, one: Candidate) -> float:
+        wish = self.wish
+        return one.prompt_s + one.token_s * (wish.tokens - wish.hits.get(one.node, 0) if wish.hits else wish.tokens)
+
+    def _can_decode(self, one: Candidate) -> bool:
+        """Within the others' target, and with memory for this one's output. One that does nothing else always can."""
+        if one.load == 0 or self.rules.strategy == "least_loaded":
+            return True
+        return one.step_s <= self.rules.itl_s and self.wish.tokens + self.wish.output <= one.kv_free
 
 
-def prefillers(candidates: Sequence[Candidate], avoid: Collection[str], random: Random) -> list[Candidate]:
-    """Those with room for a prefill job, best first."""
-    able = [one for one in candidates if "prefill" in one.takes and one.id not in avoid and one.has_room]
-    return sorted(able, key=lambda one: (_prefill_load(one), random.random()))
-
-
-def _why_whole(candidates: Sequence[Candidate], wish: Wish, arrangement: str, local_prefill_tokens: int) -> str:
-    """Why one worker does it all; empty: the request is split."""
+def _why_whole(pools: Pools, wish: Wish, rules: Rules) -> str:
+    """Why one worker does it all; empty: the request may be split."""
     if wish.whole:
         return wish.whole
-    if arrangement == "unsplit":
+    if rules.arrangement == "unsplit":
         return "unsplit"
-    # One that is full, or has just failed this request, still lives: wait for it rather than change the path.
-    takers = [one for one in candidates if "prefill" in one.takes]
-    decoders = [one for one in candidates if "decode" in one.takes]
-    if decoders and not any(_fit(prefill, decode) for prefill in takers for decode in decoders):
-        return "no_prefill_worker"
-    if arrangement == "auto" and wish.tokens < local_prefill_tokens:
-        return "short_prompt"
-    return ""
+    return "" if pools.can_split else "no_prefill_worker"
+
+
+def _sooner(split: Placement | None, whole: Placement | None, wish: Wish, rules: Rules) -> Placement | None:
+    if split is None or whole is None:
+        return split or whole
+    if split.predicted_ttft_s is None or whole.predicted_ttft_s is None or rules.strategy == "least_loaded":
+        if wish.tokens >= rules.local_prefill_tokens:
+            return split
+        return Placement(decode=whole.decode, prefill=None, reason="short_prompt")
+    return whole if whole.predicted_ttft_s <= split.predicted_ttft_s else split
 
 
 def _fit(prefill: Candidate, decode: Candidate) -> bool:
     """A worker that takes both does not hand over to itself: that is the whole path with a detour."""
-    same = not (prefill.fingerprint and decode.fingerprint) or prefill.fingerprint == decode.fingerprint
+    same = prefill.fingerprint == decode.fingerprint or not (prefill.fingerprint and decode.fingerprint)
     return same and prefill.id != decode.id
 
 
-def _least_loaded(candidates: list[Candidate], random: Random) -> Candidate | None:
-    able = [one for one in candidates if one.has_room]
-    return min(able, key=lambda one: (_decode_load(one), random.random()), default=None)
-
-
-def _prefill_load(one: Candidate) -> tuple[float, float]:
-    """Seconds of work ahead; in tokens where no rate is known."""
-    return (one.queued_tokens / (one.prefill_tokens_per_s or 1.0), one.jobs)
-
-
-def _decode_load(one: Candidate) -> tuple[float, float]:
-    return (one.jobs / (one.max_running or 1), one.kv_usage)
-
-
-def _predicted(prefill: Candidate, decode: Candidate, wish: Wish) -> float | None:
-    if not prefill.prefill_tokens_per_s:
-        return None
-    return (prefill.queued_tokens + wish.tokens) / prefill.prefill_tokens_per_s + decode.decode_step_s
+def _best(found: Sequence[tuple[float, Candidate]], random: Random) -> Candidate | None:
+    """The one with the least; of those that are as good as alike, the less loaded of two."""
+    if len(found) <= 1:
+        return found[0][1] if found else None
+    enough = min([score for score, _ in found]) * (1 + TIE) + TIE_S
+    near = [one for score, one in found if score <= enough]
+    if len(near) == 1:
+        return near[0]
+    first = int(random.random() * len(near))
+    second = (first + 1 + int(random.random() * (len(near) - 1))) % len(near)
+    one, other = near[first], near[second]
+    return one if one.load <= other.load else other

@@ -92,6 +92,7 @@ class Prefilling:
             return reply
         finally:
             gateway.fleet.settle(charge)
+            gateway.pump()
 
     def _leave(self, worker: str) -> None:
         """It may have answered with an error, or not at all: then it must not go on for nobody."""
@@ -106,7 +107,7 @@ class Prefilling:
         gateway, decode = self._gateway, self._seat.placement.decode
         busy = {last} - self._tried
         while time.monotonic() < until:
-            if (other := gateway.other_prefiller(self._tried | busy, decode)) is not None:
+            if (other := gateway.seating.other_prefiller(self._tried | busy, decode)) is not None:
                 return other
             if not gateway.fleet.has("prefill", besides=self._tried | {decode}):
                 return None
@@ -122,6 +123,8 @@ class Prefilling:
         """The first worker's charge came with the seat."""
         charge = self._seat.charges.get(worker)
         if charge is None or not charge.open:
-            charge = self._gateway.fleet.charge(worker, jobs=1, tokens=len(self._job.tokens) // wire.TOKEN_BYTES)
+            charge = self._gateway.fleet.charge(
+                worker, jobs=1, tokens=len(self._job.tokens) // wire.TOKEN_BYTES, now=time.monotonic()
+            )
             self._seat.charges[worker] = charge
         return charge

@@ -24,13 +24,14 @@ class Receipt(msgspec.Struct, kw_only=True):
     retries: int = 0
     stages_ms: dict[str, float] | None = None  # where the time to the first token went; they add up to it
 
-    def placed(self, placement: Placement) -> None:
+    def placed(self, placement: Placement, expected_s: float | None) -> None:
+        """`expected_s`: what the time to the first token was first predicted to be, from the request's arrival."""
         self.path = placement.path
         self.reason = placement.reason
         self.prefill = placement.prefill
         self.decode = placement.decode
-        if placement.predicted_ttft_s is not None:
-            self.predicted_ttft_ms = round(placement.predicted_ttft_s * 1000, 1)
+        if expected_s is not None and self.predicted_ttft_ms is None:
+            self.predicted_ttft_ms = round(expected_s * 1000, 1)
 
     def first_token(self, course: Course, *, ttft_s: float, prefilled_at: float | None) -> None:
         """To be called on entering STREAMING. `prefilled_at`: when prefill was known to be done; None: never, or late.

@@ -12,11 +12,15 @@ from collections.abc import Callable
 import msgspec
 
 from shared import wire
-from shared.errors import BatonError, BusUnavailable, Internal, OutputLost, WorkerStalled, from_wire
+from shared.errors import BatonError, BusUnavailable, Cancelled, Internal, OutputLost, WorkerStalled, from_wire
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 16_384  # of one request, unread: a client that does not read is cancelled rather than buffered
+MAX_ROWS = 16_384  # of one prompt, unread: a client that does not read is cancelled rather than buffered
+MAX_ROW_BYTES = 4 * 1024 * 1024  # what they may take, the first FREE_ROWS not counted
+FREE_ROWS = 64
+ROW_BYTES = 200  # of a row's objects
+LOGPROB_BYTES = 300  # of one alternative
 OVERDUE_S = 5.0  # far beyond an engine step: a stream that the bus cut off does not go on by itself
 
 OnStranger = Callable[[str, str, int], None]  # worker, request, attempt
@@ -45,10 +49,12 @@ class Stream:
         self.usage: wire.DecodeUsage | None = None
         self.tokens = 0  # completion tokens seen
         self.first = first
+        self.on_overrun: Callable[[], None] | None = None  # its reader is too slow: called once
         self._open = choices  # choices without a finish yet
         self._choices = choices
         self._next = 0
         self._rows: list[Row] = []
+        self._row_bytes = 0  # about
         self._error: BatonError | None = None
         self._reader: asyncio.Future[None] | None = None
         self._watched_since: float | None = None  # None: no deadline on progress yet
@@ -74,6 +80,7 @@ class Stream:
                 self._reader = None
         if self._rows:
             rows, self._rows = self._rows, []
+            self._row_bytes = 0
             return rows
         if self._error is not None:
             raise self._error
@@ -118,13 +125,26 @@ class Stream:
             self.usage = usage
         if row.finish is not None:
             self._open -= 1
-        if len(self._rows) > MAX_ROWS:
-            self.fail(Internal("the client reads too slowly"))
+        if self._reader is None and len(self._rows) > FREE_ROWS:  # the reader is away, writing to the client
+            self._weigh(row)
         self._wake()
+
+    def _weigh(self, row: Row) -> None:
+        self._row_bytes += _size_bytes(row)
+        if len(self._rows) > MAX_ROWS or self._row_bytes > MAX_ROW_BYTES:
+            self.fail(Cancelled("the client reads too slowly"))
+            if self.on_overrun is not None:
+                self.on_overrun()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _size_bytes(row: Row) -> int:
+    scores = [*(row.logprobs or ()), *(row.prompt_logprobs or ())]
+    alternatives = sum(1 + len(score.top) for score in scores if score is not None)
+    return ROW_BYTES + len(row.text) + len(row.tokens) + LOGPROB_BYTES * alternatives
 
 
 class Streams:

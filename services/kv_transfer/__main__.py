@@ -26,6 +26,7 @@ from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
 from shared.errors import SettingsError
+from shared.loop_lag import LoopLag
 from shared.prefix_index import open_redis
 from shared.probes import Probes
 from shared.process_metrics import watch_process
@@ -64,6 +65,7 @@ async def serve(settings: KvSettings) -> None:
         store = Store(settings.node, arena.size_bytes, arena.words)
         registry = CollectorRegistry()
         watch_process(registry)
+        LoopLag(registry).start()
         metrics = KvMetrics(registry, store)
         probes = Probes(registry, lambda: "stopping" if stop.is_set() else None)
         await probes.start(settings.probe_host, settings.probe_port)

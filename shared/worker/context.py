@@ -1,18 +1,21 @@
 """What both job handlers work with: the engine, the store's client, the jobs, and this worker's load."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from shared import wire
 from shared.kv.client import KvClient
+from shared.line import Line
 from shared.worker.batches import Batches
 from shared.worker.engine import Engine, EngineDelta
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
+from shared.worker.rates import Prompts
 
 
 @dataclass
 class WorkerContext:
-    """Built once, in host.py. Mutable: `queued_tokens` and `draining`."""
+    """Built once, in host.py. Mutable: what is measured and counted, and `draining`."""
 
     id: str
     node: str
@@ -23,12 +26,22 @@ class WorkerContext:
     batches: Batches
     reserve_s: float
     lease_s: float
-    queued_tokens: int = 0
+    prompts: Prompts = field(default_factory=Prompts)  # that are computed here
+    loads: Line = field(default_factory=lambda: Line(proportional=True))  # seconds from blocks to token, by tokens
+    kv_promised: int = 0  # tokens of accepted prompts that wait for their blocks
     draining: bool = False
 
     def backlog(self) -> wire.Backlog:
         load = self.engine.load()
-        return wire.Backlog(running=load.running, waiting=load.waiting, queued_tokens=self.queued_tokens)
+        prompts, tokens = self.prompts.backlog(time.monotonic())
+        # Jobs that wait for a hand-off are not in the engine yet.
+        waiting = max(load.waiting, len(self.jobs) - load.running)
+        return wire.Backlog(running=load.running, waiting=waiting, queued_tokens=tokens, queued_prompts=prompts)
+
+    def forget_speeds(self) -> None:
+        """The self-test's were those of a cold engine."""
+        self.prompts.forget()
+        self.loads = Line(proportional=True)
 
     def count_prompt(self, prompt_tokens: int, delta: EngineDelta) -> None:
         """Where a prompt's KV came from, once, with the last delta."""

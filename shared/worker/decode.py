@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 
 from shared import telemetry, wire
 from shared.bus import failure
-from shared.errors import BatonError, Internal, KvLost, KvMemory, Timeout
+from shared.errors import BatonError, Internal, KvLost, KvMemory, ResumeInexact, Timeout
 from shared.kv.blocks import block_keys
 from shared.kv.messages import Ready, Reserved
 from shared.worker.batches import Stream
@@ -33,6 +33,8 @@ class DecodeHandler:
         context = self._context
         if not isinstance(job, wire.DecodeJob):
             raise TypeError(f"a decode subject got {type(job).__name__}")
+        if job.replay and not context.engine.info.forces:
+            raise ResumeInexact("this worker's engine cannot repeat what was sent")
         if context.draining or self._running >= self._limit:
             return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
         accepted: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
@@ -89,6 +91,7 @@ class _Run:
         self._job = job
         self._stream = stream
         self._accepted = accepted
+        self._key = (job.request, job.attempt)
         self._tokens = len(job.tokens) // wire.TOKEN_BYTES
         self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
         self._recomputed = 0
@@ -97,14 +100,18 @@ class _Run:
         context = self._context
         try:
             slots = await self._reserve()
+            if not self._job.prefill:
+                held = 0 if slots is None else self._covered(leading(slots.committed))
+                context.prompts.begin(self._key, self._tokens - held, time.monotonic())
             self._accept(slots)
-            plan = await self._plan(slots)
-            context.queued_tokens += self._tokens if plan is None else 0
+            context.kv_promised += self._tokens
             try:
-                await self._generate(plan)
+                plan = await self._plan(slots)
             finally:
-                context.queued_tokens -= self._tokens if plan is None else 0
+                context.kv_promised -= self._tokens
+            await self._generate(plan)
         finally:
+            context.prompts.drop(self._key)
             context.kv.release_soon(self._lease)
 
     async def _reserve(self) -> Reserved | None:
@@ -174,13 +181,16 @@ class _Run:
             kv=plan,
             salt=job.salt.hex(),
             priority=job.priority,
+            replay=job.replay,
         )
         progress = _Progress(job.sampling.n)
+        begun_s, queues = time.monotonic(), context.engine.load().waiting > 0
         async with aclosing(context.engine.generate(request)) as deltas:
             async for delta in deltas:
                 if not first_token:
                     first_token = True
                     _first_token_span(started_ns)
+                    self._measure(delta, time.monotonic(), begun_s, queues=queues)
                 if delta.prompt_logprobs is not None and not prompt_sent:
                     prompt_sent = True
                     await self._stream.prompt(delta.prompt_logprobs)  # every choice's are the same
@@ -196,6 +206,14 @@ class _Run:
             engine_cached_tokens=max(0, progress.cached_tokens - progress.loaded_tokens),
             recomputed_tokens=self._recomputed + delta.recomputed_tokens,
         )
+
+    def _measure(self, first: EngineDelta, now_s: float, begun_s: float, *, queues: bool) -> None:
+        """What the first token cost: computing the prompt, or loading its blocks."""
+        computed = self._tokens - first.cached_tokens
+        if not self._job.prefill:
+            self._context.prompts.done(self._key, computed, now_s)
+        elif computed <= 1 and not queues:
+            self._context.loads.see(self._tokens, now_s - begun_s)
 
     def _recompute(self, tokens: int) -> None:
         self._recomputed = tokens

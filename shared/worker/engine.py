@@ -32,6 +32,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     kv: KvPlan | None = None
     salt: str = ""  # keeps tenants apart in the engine's own prefix cache
     priority: int = 0
+    replay: list[bytes] = []  # packed ids, one entry a choice: what its output must begin with
     trace_headers: dict[str, str] = {}
 
 
@@ -55,7 +56,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_running: int
     kv_blocks: int  # of the engine's own cache
+    kv_tokens: int = 0  # how many those hold
     splits: bool  # False: this model's KV cannot be handed over; serve it whole
+    forces: bool = False  # takes requests with `replay`
     details: dict[str, Any] = {}
 
 
@@ -65,15 +68,16 @@ class EngineLoad(msgspec.Struct, frozen=True, kw_only=True):
     kv_usage: float = 0.0
     preemptions: int = 0
     computed_prompt_tokens: int = 0  # counted by the engine itself
-    prefill_tokens_per_s: float = 0.0
-    decode_step_s: float = 0.0
+    decode_step_s: float = 0.0  # with as many sequences as run now; 0: not known yet
+    decode_sequence_s: float = 0.0  # more with every further one
 
 
 class Engine(Protocol):
     """One engine in this process's care.
 
     Invariants: `generate` ends after the last choice's `finish`; closing the iterator aborts the request in the
-    engine; after `close` no process of the engine is left.
+    engine; after `close` no process of the engine is left. What follows a `replay` is what would have followed if the
+    engine had chosen those tokens itself: penalties, grammar, seed and all.
     """
 
     @property

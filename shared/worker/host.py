@@ -24,6 +24,7 @@ from shared import subjects, telemetry, wire
 from shared.bus import Bus
 from shared.errors import BatonError, Draining, EngineFailed, SettingsError
 from shared.kv.client import KvClient
+from shared.loop_lag import LoopLag
 from shared.probes import Probes
 from shared.settings import WorkerSettings, load, served_name, shown
 from shared.version import VERSION
@@ -84,6 +85,7 @@ class Worker:
         provider = telemetry.start(self._role, settings.id)
         async with AsyncExitStack() as stack:
             stack.callback(provider.shutdown)
+            LoopLag(self._metrics.registry).start()
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
             stack.push_async_callback(probes.close)
@@ -187,6 +189,7 @@ class Worker:
             except BatonError as error:
                 self._fail(f"the self-test failed: {error.message}")
             else:
+                context.forget_speeds()
                 self._state = "ready"
                 log.info("ready: takes %s", ", ".join(self._takes))
                 running.append(tasks.create_task(self._beat(bus, context, probes.url)))
@@ -219,6 +222,8 @@ class Worker:
     def _heartbeat(self, context: WorkerContext, metrics_url: str) -> wire.Heartbeat:
         settings, info, load_now = self._settings, context.engine.info, context.engine.load()
         attached = context.kv.attached
+        prompt_s, token_s = context.prompts.line.terms()
+        load_s, load_token_s = context.loads.terms()
         takes = [] if self._why_not_ready() else self._takes
         if not info.splits:
             takes = [work for work in takes if work == "decode"]
@@ -239,8 +244,15 @@ class Worker:
             max_running=info.max_running if "decode" in self._takes else settings.prefill_jobs,
             max_waiting=settings.max_waiting,
             kv_usage=load_now.kv_usage,
-            prefill_tokens_per_s=load_now.prefill_tokens_per_s,
+            kv_tokens=info.kv_tokens,
+            kv_promised=context.kv_promised,
+            prefill_tokens_per_s=1 / token_s if token_s > 0 else 0.0,
+            prefill_prompt_s=prompt_s,
+            load_s=load_s,
+            load_token_s=load_token_s,
             decode_step_s=load_now.decode_step_s,
+            decode_sequence_s=load_now.decode_sequence_s,
+            forces=info.forces,
             metrics_url=metrics_url,
             version=VERSION,
         )

@@ -32,18 +32,18 @@ class PrefillHandler:
         if context.draining or self._running >= self._limit:
             return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
         self._running += 1
-        tokens = len(job.tokens) // wire.TOKEN_BYTES
-        context.queued_tokens += tokens
+        key, tokens = (job.request, job.attempt), len(job.tokens) // wire.TOKEN_BYTES
+        context.prompts.begin(key, tokens, time.monotonic())
         try:
             with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
                 span.set_attribute("baton.worker", context.id)
                 span.set_attribute("baton.prompt_tokens", tokens)
-                return await context.jobs.run((job.request, job.attempt), self._run(job), job.gateway)
+                return await context.jobs.run(key, self._run(job), job.gateway)
         except KvMemory:
             return wire.Busy(reason=KvMemory.code, backlog=context.backlog())
         finally:
             self._running -= 1
-            context.queued_tokens -= tokens
+            context.prompts.drop(key)
 
     async def _run(self, job: wire.PrefillJob) -> wire.Message:
         try:
@@ -73,18 +73,19 @@ class PrefillHandler:
                     save=True,
                     write=[not committed for committed in slots.committed],
                 )
-                cached = await self._engine(job, plan)
+                cached = await self._engine(job, plan, cached)
                 ready = await context.kv.wait(lease, timeout_s=0)
                 if not ready.complete:
                     raise KvLost("the prompt was computed, but not all of its blocks reached the store")
+        context.prompts.drop((job.request, job.attempt))  # else the reply would count it still
         return wire.PrefillDone(
             request=job.request, attempt=job.attempt, cached_tokens=cached, backlog=context.backlog()
         )
 
-    async def _engine(self, job: wire.PrefillJob, plan: KvPlan) -> int:
-        """Returns the prompt tokens that were not computed."""
+    async def _engine(self, job: wire.PrefillJob, plan: KvPlan, held: int) -> int:
+        """Returns the prompt tokens that were not computed; `held`: those that the store has."""
         context = self._context
-        tokens = wire.unpack_tokens(job.tokens)
+        key, tokens = (job.request, job.attempt), wire.unpack_tokens(job.tokens)
         request = EngineRequest(
             id=f"{job.request}-{job.attempt}-p-{time.monotonic_ns()}",
             tokens=tokens,
@@ -94,8 +95,10 @@ class PrefillHandler:
             priority=job.priority,
         )
         cached = 0
+        context.prompts.begin(key, len(tokens) - held, time.monotonic())  # again: waiting for slots was no work
         async with aclosing(context.engine.generate(request)) as deltas:
             async for delta in deltas:
                 cached = max(cached, delta.cached_tokens)
                 context.count_prompt(len(tokens), delta)
+        context.prompts.done(key, len(tokens) - cached, time.monotonic())
         return cached

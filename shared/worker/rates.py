@@ -1,25 +1,76 @@
-"""Measured speeds of one engine, as exponentially weighted means: placement and admission predict with them."""
+"""Measured speeds of one worker: placement and admission predict with them.
 
-WEIGHT = 0.2  # of the newest observation
+Invariants: time is an argument; nothing is said before enough has been seen; what a prompt costs is what it adds to
+the time until all that came before it is done, so that the sum over a backlog is the time that the backlog takes.
+"""
+
+from dataclasses import dataclass, field
+
+from shared.line import Line
+
+Key = tuple[str, int]  # request, attempt
 
 
-class Rates:
-    """0 until something has been measured."""
+@dataclass(slots=True)
+class _Prompt:
+    tokens: int
+    begun_s: float
 
-    def __init__(self) -> None:
-        self.prefill_tokens_per_s = 0.0
-        self.decode_step_s = 0.0
 
-    def prompt(self, tokens: int, seconds: float) -> None:
-        """A prompt's uncached tokens and the time the engine spent on them. Tiny ones measure overhead only."""
-        if tokens >= 16 and seconds > 0:
-            self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, tokens / seconds)
+@dataclass(slots=True)
+class Prompts:
+    """The prompts that this worker has accepted and not yet computed, and what one costs."""
 
-    def step(self, gap_s: float) -> None:
-        """The gap between two tokens of one sequence."""
+    line: Line = field(default_factory=lambda: Line(proportional=True))
+    _open: dict[Key, _Prompt] = field(default_factory=dict)
+    _last_s: float = 0.0  # when the last one was done
+
+    def begin(self, key: Key, tokens: int, now_s: float) -> None:
+        self._open[key] = _Prompt(tokens, now_s)
+
+    def done(self, key: Key, computed: int, now_s: float) -> None:
+        """It is computed; `computed` tokens of it were not cached. Prompts in one step share its time by order."""
+        prompt = self._open.pop(key, None)
+        if prompt is None:
+            return
+        if computed > 1:
+            self.line.see(computed, max(0.0, now_s - max(prompt.begun_s, self._last_s)))
+        self._last_s = now_s
+
+    def drop(self, key: Key) -> None:
+        """It ended in another way, or it is done already."""
+        self._open.pop(key, None)
+
+    def backlog(self, now_s: float) -> tuple[int, int]:
+        """(prompts, tokens) still to compute: of the one in work, what should be left of it."""
+        if not self._open:
+            return 0, 0
+        tokens = sum(prompt.tokens for prompt in self._open.values())
+        _, token_s = self.line.terms()
+        if token_s > 0:
+            first = next(iter(self._open.values()))
+            tokens -= min(first.tokens, int((now_s - max(first.begun_s, self._last_s)) / token_s))
+        return len(self._open), max(0, tokens)
+
+    def forget(self) -> None:
+        """What was measured so far was no work."""
+        self.line = Line(proportional=True)
+
+
+@dataclass(slots=True)
+class Steps:
+    """The gap between two tokens of a sequence, by how many run beside it."""
+
+    line: Line = field(default_factory=lambda: Line(proportional=False, weight=0.02))
+
+    def see(self, running: int, gap_s: float) -> None:
         if gap_s > 0:
-            self.decode_step_s = _mean(self.decode_step_s, gap_s)
+            self.line.see(running, gap_s)
 
+    def step_s(self, running: int) -> float:
+        fixed_s, sequence_s = self.line.terms()
+        return fixed_s + sequence_s * max(1, running)
 
-def _mean(old: float, new: float) -> float:
-    return new if old == 0 else old + WEIGHT * (new - old)
+    @property
+    def sequence_s(self) -> float:
+        return self.line.terms()[1]

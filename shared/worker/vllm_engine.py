@@ -17,7 +17,8 @@ from shared import wire
 from shared.errors import EngineFailed, InvalidRequest, SettingsError
 from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequest
 from shared.worker.liveness import Liveness
-from shared.worker.rates import Rates
+from shared.worker.rates import Steps
+from shared.worker.replay import EXTRA_ARG, enable_forcing, one_by_one, together
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -48,7 +49,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
 class VllmEngine:
     """See shared/worker/engine.py for the protocol. Build on the main thread: its exit would end EngineCore."""
 
-    def __init__(self, llm: "AsyncLLM", stats: "EngineStats", *, splits: bool) -> None:
+    def __init__(self, llm: "AsyncLLM", stats: "EngineStats", *, splits: bool, forces: bool) -> None:
         self._llm = llm
         self._stats = stats
         self._question: asyncio.Task[None] | None = None
@@ -59,7 +60,9 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,
             kv_blocks=config.cache_config.num_gpu_blocks or 0,
+            kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             splits=splits,
+            forces=forces,
             details={"vllm": _vllm_version(), "dtype": str(config.model_config.dtype)},
         )
 
@@ -84,6 +87,7 @@ class VllmEngine:
             raise SettingsError(f"engine: {first_line(error)}") from error
         if not splits:
             log.warning("engine: this model's KV state cannot be handed over; it is served unsplit")
+        forces = enable_forcing(config)
         llm = AsyncLLM(
             vllm_config=config,
             executor_class=Executor.get_class(config),
@@ -91,13 +95,18 @@ class VllmEngine:
             log_requests=False,
             stat_loggers=[stats.logger],
         )
-        return cls(llm, stats, splits=splits)
+        return cls(llm, stats, splits=splits, forces=forces)
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
+        if len(request.replay) > 1:
+            return together([self._generate(choice) for choice in one_by_one(request)])
+        return self._generate(request)
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[EngineDelta, None]:
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -168,7 +177,7 @@ class EngineStats:
         self.kv_usage = 0.0
         self.preemptions = 0
         self.computed_prompt_tokens = 0
-        self.rates = Rates()
+        self.step_times = Steps()
         self.liveness = Liveness(time.monotonic())
 
     def load(self) -> EngineLoad:
@@ -178,8 +187,8 @@ class EngineStats:
             kv_usage=self.kv_usage,
             preemptions=self.preemptions,
             computed_prompt_tokens=self.computed_prompt_tokens,
-            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
-            decode_step_s=self.rates.decode_step_s,
+            decode_step_s=self.step_times.step_s(self.running),
+            decode_sequence_s=self.step_times.sequence_s,
         )
 
     def logger(self, vllm_config: "VllmConfig", engine_index: int = 0) -> Any:  # noqa: ARG002
@@ -216,10 +225,8 @@ class EngineStats:
             computed = iteration.prompt_token_stats.computed
             self.preemptions += iteration.num_preempted_reqs
             self.computed_prompt_tokens += computed
-            for finished in iteration.finished_requests:
-                self.rates.prompt(finished.num_prompt_tokens - finished.num_cached_tokens, finished.prefill_time)
-            for gap_s in iteration.inter_token_latencies_iter:
-                self.rates.step(gap_s)
+            if gaps_s := iteration.inter_token_latencies_iter:
+                self.step_times.see(len(gaps_s), sum(gaps_s) / len(gaps_s))
 
 
 def _nothing() -> None:
@@ -299,8 +306,15 @@ def to_sampling_params(request: EngineRequest, defaults: Mapping[str, Any]) -> "
         skip_special_tokens=sampling.skip_special_tokens,
         structured_outputs=StructuredOutputsParams(**sampling.structured) if sampling.structured else None,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={"kv_transfer_params": msgspec.to_builtins(request.kv)} if request.kv else None,
+        extra_args=_extra_args(request) or None,
     )
+
+
+def _extra_args(request: EngineRequest) -> dict[str, Any]:
+    extra: dict[str, Any] = {"kv_transfer_params": msgspec.to_builtins(request.kv)} if request.kv else {}
+    if request.replay:
+        extra[EXTRA_ARG] = request.replay[0]
+    return extra
 
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

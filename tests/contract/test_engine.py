@@ -181,6 +181,89 @@ async def test_preemption_changes_no_token(bench: Bench) -> None:
     assert bench.writer.load().preemptions > before
 
 
+# ---- a resumed stream repeats what was sent ---------------------------------------------------------------------------
+
+SEEDED = msgspec.structs.replace(GREEDY, temperature=1.0, seed=11)
+STATEFUL = {
+    "greedy": GREEDY,
+    "seeded": SEEDED,
+    "penalties": msgspec.structs.replace(
+        GREEDY, presence_penalty=1.5, frequency_penalty=1.5, repetition_penalty=1.3, temperature=0.8, seed=4
+    ),
+    "min_tokens": msgspec.structs.replace(SEEDED, min_tokens=OUTPUT - 2, stop_token_ids=list(range(97, 110))),
+}
+# The sim has no likelihoods.
+LIKELY = {
+    "bad_words": msgspec.structs.replace(GREEDY, bad_words=["a", "e", "is", "th"]),
+    "bias": msgspec.structs.replace(SEEDED, logit_bias={97: 9.0, 98: 9.0}, top_k=5, min_p=0.1),
+    "structured": msgspec.structs.replace(SEEDED, structured={"regex": "[a-f]{4}-[0-9]{9}-[x-z]{30}"}),
+    "logprobs": msgspec.structs.replace(SEEDED, logprobs=3),
+}
+
+
+async def test_what_follows_a_replay_is_what_would_have_followed(bench: Bench) -> None:
+    samplings = STATEFUL | (LIKELY if bench.kind == "vllm" else {})
+    for name, sampling in samplings.items():
+        whole = await bench.say(bench.reader, prompt_of(70, 80), sampling)
+        for sent in (1, 9, OUTPUT - 1, OUTPUT):
+            replay = [wire.pack_tokens(whole.tokens[:sent])]
+            again = await bench.say(bench.reader, prompt_of(70, 80), sampling, replay=replay)
+            assert (again.tokens, again.text) == (whole.tokens, whole.text), f"{name} after {sent}"
+            assert again.last.finish == whole.last.finish
+            assert again.logprobs == whole.logprobs
+
+
+async def test_a_replay_is_obeyed(bench: Bench) -> None:
+    """Also where the engine would not have chosen the tokens, next to requests that are left alone."""
+    other = (await bench.say(bench.reader, prompt_of(45, 81), GREEDY)).tokens
+    alone = (await bench.say(bench.reader, prompt_of(70, 80), GREEDY)).tokens
+    assert other[:9] != alone[:9]
+    forced, free = await asyncio.gather(
+        bench.say(bench.reader, prompt_of(70, 80), GREEDY, replay=[wire.pack_tokens(other[:9])]),
+        bench.say(bench.reader, prompt_of(70, 80), GREEDY),
+    )
+    assert forced.tokens[:9] == other[:9]
+    assert forced.tokens[9:] != alone[9:]
+    assert free.tokens == alone
+
+
+async def test_every_choice_has_a_replay_of_its_own(bench: Bench) -> None:
+    sampling = msgspec.structs.replace(SEEDED, n=3)
+    whole = await bench.choices(bench.reader, prompt_of(60, 82), sampling)
+    sent = {0: 5, 1: 0, 2: OUTPUT}  # the last one had ended
+    replay = [wire.pack_tokens(whole[choice].tokens[:count]) for choice, count in sent.items()]
+    again = await bench.choices(bench.reader, prompt_of(60, 82), sampling, replay=replay)
+    assert {n: (s.tokens, s.text, s.last.finish) for n, s in again.items()} == {
+        n: (s.tokens, s.text, s.last.finish) for n, s in whole.items()
+    }
+
+
+async def test_preemption_does_not_disturb_a_replay(bench: Bench) -> None:
+    """Requests come and go in the batch, and half of them repeat tokens that they would not have chosen."""
+    prompts = [prompt_of(200, 90 + n) for n in range(8)]
+    others = [(await bench.say(bench.reader, prompt_of(30, 90 + n), greedy(60))).tokens for n in range(4)]
+    replays = [[wire.pack_tokens(other)] for other in others] + [None] * 4
+    pairs = list(zip(prompts, replays, strict=True))
+    alone = [(await bench.say(bench.reader, prompt, greedy(100), replay=replay)).tokens for prompt, replay in pairs]
+    assert [tokens[:60] for tokens in alone[:4]] == others
+    before = bench.writer.load().preemptions
+    together = await asyncio.gather(
+        *(bench.say(bench.writer, prompt, greedy(100), replay=replay) for prompt, replay in pairs)
+    )
+    assert [said.tokens for said in together] == alone
+    assert bench.writer.load().preemptions > before
+
+
+async def test_choices_that_repeat_are_aborted_together(bench: Bench) -> None:
+    replay = [wire.pack_tokens([97] * 50)] * 2
+    sampling = wire.Sampling(max_tokens=900, n=2, temperature=1.0, ignore_eos=True)
+    request = EngineRequest(id="left-together", tokens=prompt_of(40), sampling=sampling, replay=replay)
+    async with aclosing(bench.writer.generate(request)) as deltas:
+        async for _ in deltas:
+            break
+    await bench.until(lambda: _is_idle(bench), "nothing runs, and no block is held")
+
+
 # ---- hand-off --------------------------------------------------------------------------------------------------------
 
 

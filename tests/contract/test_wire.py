@@ -24,6 +24,7 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
             sampling=wire.Sampling(max_tokens=4, temperature=0.5, logit_bias={3: -1.0}, prompt_logprobs=0),
             prefill=True,
             timeout_s=9.0,
+            replay=[wire.pack_tokens([7]), b""],
         ),
         {
             "type": "DecodeJob",
@@ -34,6 +35,7 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
             "sampling": {"max_tokens": 4, "temperature": 0.5, "logit_bias": {3: -1.0}, "prompt_logprobs": 0},
             "prefill": True,
             "timeout_s": 9.0,
+            "replay": [b"\x07\0\0\0", b""],
         },
     ),
     (
@@ -122,7 +124,9 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
         {"type": "KvStats", "node": "n", "slots": {"free": 1}, "leases": 0, "slot_bytes": 64},
     ),
     (
-        wire.Heartbeat(role="decode", id="d", incarnation="i", takes=["decode"], max_running=8, lost=["x"]),
+        wire.Heartbeat(
+            role="decode", id="d", incarnation="i", takes=["decode"], max_running=8, forces=True, lost=["x"]
+        ),
         {
             "type": "Heartbeat",
             "role": "decode",
@@ -130,6 +134,7 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
             "incarnation": "i",
             "takes": ["decode"],
             "max_running": 8,
+            "forces": True,
             "lost": ["x"],
         },
     ),

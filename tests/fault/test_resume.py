@@ -1,31 +1,58 @@
-"""One of two decode workers dies or drains under greedy streams: every text is the one of an undisturbed run."""
+"""Workers die, drain or stand still under 32 streams of every kind: each stream is that of an undisturbed run.
+
+Undisturbed runs equal unsplit vLLM: test_exactness.py. Greedy streams go on by prompt, most others by forcing.
+"""
 
 import asyncio
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
 
-import openai
 import psutil
 import pytest
 
 from tests.support.cluster import Cluster
-from tests.support.exact import (
-    arguments,
-    assert_idle,
-    complete,
-    exact_cluster,
-    greedy,
-    prompt_of,
-)
+from tests.support.disturbed import until, whole_again
+from tests.support.exact import assert_idle, complete, exact_cluster, greedy, prompt_of
+from tests.support.streams import Asked, Reading, read_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-STREAMS = 12
-OUTPUT = 600
-PROMPTS = [prompt_of(40 + 90 * number, number) for number in range(STREAMS)]
-BACK_S = 120
+OUTPUT = 400
+PAUSED_S = 5.0
+SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_tokens": OUTPUT, "ignore_eos": True}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "minLength": 300, "maxLength": 310}, "size": {"type": "integer"}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "penalties": {**greedy(OUTPUT), "presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.2},
+    "repetition": {**greedy(OUTPUT), "repetition_penalty": 1.3},
+    "seeded": {**SEEDED, "seed": 7},
+    "logprobs": {**SEEDED, "seed": 8, "logprobs": 2},
+    "stop": {**SEEDED, "seed": 9, "stop": ["qqqqqq", "a never seen end"]},
+    "min_tokens": {"temperature": 0.0, "max_tokens": OUTPUT, "min_tokens": OUTPUT - 50},
+    "bad_words": {**greedy(OUTPUT), "bad_words": ["a", "e", "th", "ou"]},
+    "n": {**SEEDED, "seed": 10, "n": 2},
+}
+GREEDY = 14
+JSON = 2
+BY_PROMPT = {"greedy", "repetition"}
+
+
+def all_streams() -> list[Asked]:
+    asked = [Asked("greedy", prompt_of(20 + 12 * number, number), greedy(OUTPUT)) for number in range(GREEDY)]
+    for number, (name, params) in enumerate(list(STATEFUL.items()) * 2):
+        asked.append(Asked(name, prompt_of(30 + 11 * number, 50 + number), params))
+    chats = {"temperature": 0.8, "seed": 11, "max_tokens": OUTPUT + 100}
+    return asked + [Asked("json", prompt_of(50 + number, 99), chats, SCHEMA) for number in range(JSON)]
+
+
+ASKED = all_streams()
 
 
 @pytest.fixture(scope="module")
@@ -33,63 +60,73 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with exact_cluster(
         tmp_path_factory,
         "--decode=2",
-        "--kv-gib=0.1",
-        "--arena-gib=0.2",
+        "--kv-gib=0.15",
+        "--arena-gib=0.3",
         BATON_DRAIN_S="0.1",  # shorter than any of the streams
     ) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def expected(cluster: Cluster) -> list[tuple[str, list[int]]]:
-    """Undisturbed; test_exactness.py shows that these equal unsplit vLLM."""
-    with ThreadPoolExecutor(STREAMS) as threads:
-        answers = list(threads.map(lambda prompt: complete(cluster, prompt, greedy(OUTPUT))[0], PROMPTS))
-    choices = [answer.choices[0] for answer in answers]
-    return [(choice.text, choice.model_extra["token_ids"]) for choice in choices]
+def expected(cluster: Cluster) -> list[Any]:
+    assert len(ASKED) == 32
+    readings = asyncio.run(read_all(cluster.async_client(), ASKED))
+    assert all(len(said.ids) > OUTPUT // 2 for reading in readings for said in reading.choices.values())
+    return [reading.outcome for reading in readings]
 
 
-class Reading:
-    """One stream, read to its end."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.ids: list[int] = []
-        self.longest_gap_s = 0.0
-        self.begun = asyncio.Event()
-
-    async def read(self, client: openai.AsyncOpenAI, prompt: str) -> None:
-        last = None
-        async for chunk in await client.completions.create(stream=True, **arguments(prompt, greedy(OUTPUT))):
-            now = time.monotonic()
-            self.longest_gap_s = max(self.longest_gap_s, now - last if last else 0.0)
-            last = now
-            for choice in chunk.choices:
-                self.text += choice.text
-                self.ids += (choice.model_extra or {}).get("token_ids") or []
-            if len(self.ids) > 5:
-                self.begun.set()
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])
-async def test_every_stream_reaches_its_end(
-    cluster: Cluster, expected: list[tuple[str, list[int]]], number: signal.Signals
-) -> None:
+@asynccontextmanager
+async def disturbed(cluster: Cluster, expected: list[Any], what: str) -> AsyncIterator[None]:
+    """Within: every stream has begun. Afterwards: every one has ended as if nothing had been, and nothing is held."""
     client = cluster.async_client()
-    readings = [Reading() for _ in PROMPTS]
+    readings = [Reading(one) for one in ASKED]
     resumed = cluster.meter("gateway", 'baton_retries_total{phase="resume"}')
     before = resumed()
-    worker = psutil.Process(cluster.pid("decode-0"))
     async with asyncio.TaskGroup() as tasks:
-        for reading, prompt in zip(readings, PROMPTS, strict=True):
-            tasks.create_task(reading.read(client, prompt))
+        for reading in readings:
+            tasks.create_task(reading.read(client))
         await asyncio.gather(*(reading.begun.wait() for reading in readings))
-        worker.send_signal(number)
-    assert [(reading.text, reading.ids) for reading in readings] == expected
+        started, live = time.monotonic(), sum(not reading.ended for reading in readings)
+        for reading in readings:
+            reading.longest_gap_s = 0.0
+        yield
+    for reading, outcome in zip(readings, expected, strict=True):
+        assert reading.outcome == outcome, reading.asked.name
     moved = resumed() - before
-    print(f"{moved:g} of {STREAMS} streams resumed, longest gap {max(one.longest_gap_s for one in readings):.2f} s")
-    assert moved > 0, "the signal came too late"
-    deadline = time.monotonic() + BACK_S
-    while any(service["state"] != "ready" for service in (await asyncio.to_thread(cluster.status))["services"]):
-        assert time.monotonic() < deadline, "decode-0 was not started again"
+    prompt_s, forcing_s = (
+        max(one.longest_gap_s for one in readings if (one.asked.name in BY_PROMPT) == by_prompt)
+        for by_prompt in (True, False)
+    )
+    print(
+        f"{what}: {moved:g} of {live} live streams resumed, longest gap {prompt_s:.2f} s by prompt, {forcing_s:.2f} s by "
+        f"forcing, all over {time.monotonic() - started:.1f} s later"
+    )
+    assert moved > 0, "it came too late"
+    await asyncio.to_thread(until, lambda: whole_again(cluster), "not every process was started again")
     assert_idle(cluster)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [{"decode-0": signal.SIGKILL}, {"decode-0": signal.SIGTERM, "prefill-0": signal.SIGKILL}],
+    ids=["decode killed", "decode drained and prefill killed"],
+)
+async def test_workers_go(
+    cluster: Cluster, expected: list[Any], signals: dict[str, signal.Signals], request: pytest.FixtureRequest
+) -> None:
+    workers = {worker: psutil.Process(cluster.pid(worker)) for worker in signals}
+    async with disturbed(cluster, expected, request.node.callspec.id):
+        for worker, number in signals.items():
+            workers[worker].send_signal(number)
+
+
+async def test_a_decode_worker_stands_still_and_comes_back(cluster: Cluster, expected: list[Any]) -> None:
+    """Its engine goes on meanwhile, so that it comes back with rows for streams that others have taken over."""
+    worker = psutil.Process(cluster.pid("decode-0"))
+    async with disturbed(cluster, expected, f"decode worker paused for {PAUSED_S:g} s"):
+        worker.suspend()
+        await asyncio.sleep(PAUSED_S)  # the length of the pause is what is tested
+        worker.resume()
+    assert cluster.pid("decode-0") == worker.pid, "it was to come back, not to be started anew"
+    served = {complete(cluster, prompt_of(64, number), greedy(2))[1]["decode"] for number in range(12)}
+    assert served == {"decode-0", "decode-1"}

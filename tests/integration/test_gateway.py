@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from services.gateway.leg import MAX_ATTEMPTS
 from shared import wire
 from shared.errors import EngineFailed
 from tests.support.fake_workers import Script, announce_loss
@@ -274,9 +275,10 @@ async def test_stalled_stream(cluster):
         _, decode = await cluster.add(running, "prefill-0", "decode-0")
         decode.script = Script(stall_after=1)
         with pytest.raises(openai.APIError) as failed:
-            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=9)
+            # With a seed its token is repeated, and that is no progress.
+            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=9, seed=1)
         assert failed.value.code == "worker_stalled"
-        await decode.until(lambda w: w.cancels)
+        await decode.until(lambda w: len(w.cancels) == MAX_ATTEMPTS)
 
 
 async def test_hole_and_strangers(cluster):
@@ -288,7 +290,7 @@ async def test_hole_and_strangers(cluster):
         await decode.until(lambda w: (w.jobs[0].request, 7) in w.cancels)
         decode.script = Script(hole_after=1)
         with pytest.raises(openai.InternalServerError):
-            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
+            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, seed=1)
 
 
 async def test_failure_row_before_and_after_the_first_token(cluster):
@@ -297,13 +299,13 @@ async def test_failure_row_before_and_after_the_first_token(cluster):
         failure = wire.Failure(code="engine_failed", message="the engine has died")
         decode.script = Script(fail_after=(1, failure))
         with pytest.raises(openai.InternalServerError) as failed:
-            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
+            await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, seed=1)
         assert failed.value.code == "engine_failed"
-        assert len(decode.jobs) == 1
+        assert len(decode.jobs) == MAX_ATTEMPTS
         decode.script = Script(fail_after=(0, failure))
         with pytest.raises(openai.InternalServerError):
             await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
-        assert len(decode.jobs) == 1 + 4
+        assert len(decode.jobs) == 2 * MAX_ATTEMPTS
 
 
 async def test_nobody_alive(cluster):
@@ -338,7 +340,8 @@ async def test_requests_wait_for_room(cluster):
         decode.beat = wire.Heartbeat(
             **{f: getattr(decode.beat, f) for f in decode.beat.__struct_fields__} | {"max_running": 1, "max_waiting": 0}
         )
-        await running.until(lambda g: any(c.max_running == 1 for c in g.fleet.candidates()))
+        heard = running.gateway.fleet.beats("decode-0")
+        await running.until(lambda g: g.fleet.beats("decode-0") > heard + 1)
         answers = await asyncio.gather(
             *(running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2) for _ in range(5))
         )

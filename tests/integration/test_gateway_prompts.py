@@ -69,10 +69,10 @@ async def test_one_failing_ends_all_with_one_error(cluster):
     async with cluster.gateway() as running:
         good, bad = await cluster.add(running, "decode-0", "decode-1")
         good.script = Script(stall_after=1)
-        bad.script = Script(fail_after=(1, wire.Failure(code="engine_failed", message="the engine has died")))
+        bad.script = Script(fail_after=(1, wire.Failure(code="kv_mismatch", message="nobody can mend this")))
         with pytest.raises(openai.APIError) as failed:
             await running.client.completions.create(model=MODEL, prompt=["a", "b", "c", "d"], max_tokens=9)
-        assert failed.value.code == "engine_failed"
+        assert failed.value.code == "kv_mismatch"
         await good.until(lambda w: len(w.cancels) == len(w.jobs))
         await assert_nothing_left(running)
         assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="error") == 1

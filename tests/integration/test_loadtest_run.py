@@ -18,7 +18,7 @@ import pytest
 from loadtest.instant import InstantServer, Manner
 from loadtest.load.answer import Outcome
 from loadtest.load.bodies import Bodies, Tokeniser
-from loadtest.load.client import Client, Endpoint, Limits
+from loadtest.load.client import Attempts, Client, Endpoint, Limits
 from loadtest.load.drive import Driver, Job
 from loadtest.load.lengths import Distribution
 from loadtest.load.records import merged
@@ -115,7 +115,8 @@ async def test_what_a_stream_tells():
     (row,) = share.rows
     assert (row.prompt_tokens, row.output_tokens, row.cached_tokens, row.events) == (7, 3, 4, 3)
     assert (row.path, row.retries, row.stages_s, row.attempts) == ("split", 1, {"queue": 0.0125}, 1)
-    assert 0 <= row.sent_s <= row.ttft_s + row.intended_s <= row.end_s
+    assert (row.predicted_ttft_s, row.actual_ttft_s, row.tries) == (0.08, 0.1, [])
+    assert 0 <= row.sent_s == row.last_sent_s <= row.ttft_s + row.intended_s <= row.end_s
 
 
 async def test_events_in_pieces():
@@ -141,12 +142,26 @@ async def test_retries_as_the_official_client():
         True,
         True,
     ]
+    assert [(one.outcome, one.status, one.code, one.retry_after_s) for one in row.tries] == [
+        (Outcome.SHED, 429, "queue_full", 0.005),
+        (Outcome.UNREACHABLE, None, "closed", None),
+    ]
+    first, second = row.tries
+    assert row.sent_s == first.sent_s <= first.end_s < second.sent_s <= second.end_s < row.last_sent_s
+
+
+async def test_a_refusal_says_how_long_it_waited_in_line():
+    waited = 'x-baton-receipt: {"stages_ms":{"queue":1500.0}}\r\n'
+    share, _ = await driven(misbehaving.shed(headers=waited), misbehaving.shed(headers="x-baton-receipt: {\r\n"))
+    assert [[one.queued_s for one in row.tries] for row in share.rows] == [[1.5], [None]]
 
 
 async def test_retries_come_to_an_end():
     soon = misbehaving.shed(headers="retry-after-ms: 5\r\n")
     share, server = await driven(soon, soon, soon, limits=Limits(retries=2), conversations=1)
-    assert [(row.outcome, row.attempts) for row in share.rows] == [(Outcome.SHED, 3)]
+    (row,) = share.rows
+    assert (row.outcome, row.attempts, len(row.tries)) == (Outcome.SHED, 3, 3)
+    assert row.tries[-1].end_s == row.end_s
     assert len(server.requests) == 3
 
 
@@ -278,7 +293,7 @@ async def test_connections_are_kept():
         endpoint = Endpoint(host="127.0.0.1", port=port, tls=False, authority="x")
         async with Client(endpoint, Limits(), random.Random(1)) as client:
             for _ in range(10):
-                reply = await client.post("/v1/completions", b'{"max_tokens": 4}')
+                reply = await client.post("/v1/completions", b'{"max_tokens": 4}', Attempts())
                 assert reply.answer.outcome == Outcome.OK
                 assert len(reply.answer.times) == 4
             assert server.accepted == 1
@@ -352,10 +367,24 @@ def test_a_run_writes_its_result(tmp_path):
     assert sum(found.timeline.offered) == found.summary.offered
     assert sum(found.timeline.tokens) == found.summary.output_tokens
     columns = msgspec.structs.asdict(found.requests)
-    assert {len(column) for name, column in columns.items() if name != "stages"} == {found.summary.offered}
+    assert {len(column) for column in columns.values() if isinstance(column, list)} == {found.summary.offered}
+    assert found.requests.predicted_ttft_s is None  # this server gives no receipt
     assert found.target.engine == "unknown"
     assert found.settings["interrupted"] is False
     assert "hush" not in (tmp_path / "result.json").read_text()
+
+
+def test_what_is_late_is_given_up(tmp_path):
+    with serving(Misbehaving(then=misbehaving.hangs)) as port:
+        done = run(
+            "code-completion", "--url", f"http://127.0.0.1:{port}", "--out", str(tmp_path), "--rate", "20",
+            "--seconds", "0.5", "--tail", "0.2",
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr  # nothing was completed
+    found = result(tmp_path)
+    assert set(found.requests.code) == {"interrupted"}
+    assert None not in found.requests.last_sent_s
+    assert found.settings["interrupted"] is False  # it ended as it was told
 
 
 def test_a_trace_replays_its_own_arrivals(tmp_path):

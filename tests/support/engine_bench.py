@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -39,6 +39,7 @@ class Said:
     tokens: list[int]
     text: str
     last: EngineDelta
+    logprobs: list[wire.TokenLogprob] = field(default_factory=list)
 
 
 @dataclass
@@ -56,10 +57,14 @@ class Bench:
         tokens: list[int],
         sampling: wire.Sampling,
         plan: KvPlan | None = None,
+        *,
         salt: str = "",
+        replay: list[bytes] | None = None,
     ) -> dict[int, Said]:
         found: dict[int, Said] = {}
-        request = EngineRequest(id=uuid.uuid4().hex, tokens=tokens, sampling=sampling, kv=plan, salt=salt)
+        request = EngineRequest(
+            id=uuid.uuid4().hex, tokens=tokens, sampling=sampling, kv=plan, salt=salt, replay=replay or []
+        )
         async with asyncio.timeout(DEADLINE_S):
             async for delta in engine.generate(request):
                 said = found.get(delta.choice) or Said([], "", delta)
@@ -67,6 +72,7 @@ class Bench:
                 found[delta.choice] = said
                 said.tokens += delta.tokens
                 said.text += delta.text
+                said.logprobs += delta.logprobs or []
                 said.last = delta
         return found
 
@@ -76,9 +82,11 @@ class Bench:
         tokens: list[int],
         sampling: wire.Sampling,
         plan: KvPlan | None = None,
+        *,
         salt: str = "",
+        replay: list[bytes] | None = None,
     ) -> Said:
-        return (await self.choices(engine, tokens, sampling, plan, salt))[0]
+        return (await self.choices(engine, tokens, sampling, plan, salt=salt, replay=replay))[0]
 
     async def reserve(self, tokens: list[int], *, write: bool) -> tuple[str, Reserved]:
         """A lease of the writer's to write under, or of the reader's."""

@@ -39,6 +39,8 @@ class Script:
     busy_reason: str = "queue_full"
     refuse: BatonError | None = None  # answer every job with this
     hang: bool = False  # take the job and never answer
+    deaf: bool = False  # go on after a cancel, as one does that has not seen it yet
+    says_first: int = 0  # begin with this number
     stall_after: int | None = None  # rows after which nothing more comes
     pause_after: tuple[int, asyncio.Event] | None = None  # rows after which it waits for the event
     hole_after: int | None = None  # rows after which one is left out
@@ -76,7 +78,7 @@ class FakeWorker:
             max_model_len=512,
             max_running=8,
             max_waiting=4,
-            **beat,
+            **{"forces": True, **beat},
         )
 
     async def start(self) -> "FakeWorker":
@@ -125,7 +127,7 @@ class FakeWorker:
         assert isinstance(message, wire.Cancel)
         key = (message.request, message.attempt)
         self.cancels.append(key)
-        if key in self._running:
+        if key in self._running and not self.script.deaf:
             self._running.pop(key).cancel()
         await self._note()
         return wire.Done()
@@ -170,7 +172,7 @@ class FakeWorker:
     async def _emit(self, job: wire.DecodeJob, lease: str) -> None:
         await self._handoffs.lease(lease).wait()
         n, script, sequence = job.sampling.n, self.script, 0
-        first = answered(wire.unpack_tokens(job.tokens))
+        first = script.says_first or answered(wire.unpack_tokens(job.tokens))
         if job.sampling.prompt_logprobs is not None:
             for piece in prompt_pieces(wire.unpack_tokens(job.tokens)):
                 await self._send(self._batch(job, -1, [0], [sequence], prompt_logprobs={"0": piece}))

@@ -9,7 +9,8 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding
 TOKEN = b'data: {"choices":[{"index":0,"text":" a","finish_reason":null}],"usage":null}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
 RECEIPT = (
-    b': baton-receipt {"path":"split","retries":1,"cached_tokens":4,"stages_ms":{"queue":12.5,"reserve":null}}\n\n'
+    b': baton-receipt {"path":"split","retries":1,"cached_tokens":4,"predicted_ttft_ms":80,"actual_ttft_ms":100.0,'
+    b'"stages_ms":{"queue":12.5,"reserve":null}}\n\n'
 )
 DONE = b"data: [DONE]\n\n"
 MODELS = b'{"object":"list","data":[{"id":"odd","object":"model","max_model_len":4096}]}'

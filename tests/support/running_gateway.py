@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import openai
-import uvicorn
 
 from services.gateway.access.access import Access
-from services.gateway.app import Front
 from services.gateway.chores import Chores
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
+from services.gateway.server import bound_sends, make_server
+from shared.access.connection import open_redis
 from shared.bus import Bus
 from shared.probes import listen
 from shared.settings import GatewaySettings
@@ -47,16 +47,22 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     metrics = Metrics(MODEL)
     access = Access.open(settings, metrics.registry)
     listener = listen("127.0.0.1", 0, setting="port")
+    bound_sends(listener)
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
-        async with Chores() as chores, asyncio.TaskGroup() as tasks:
+        async with open_redis(settings.redis_url) as redis, Chores() as chores, asyncio.TaskGroup() as tasks:
             gateway = Gateway(
-                settings, MODEL, bus=bus, tokenizer=tokenizer, metrics=metrics, chores=chores, access=access
+                settings,
+                MODEL,
+                bus=bus,
+                tokenizer=tokenizer,
+                redis=redis,
+                metrics=metrics,
+                chores=chores,
+                access=access,
             )
             await gateway.listen()
-            server = uvicorn.Server(
-                uvicorn.Config(Front(gateway), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-            )
+            server = make_server(gateway)
             serving = tasks.create_task(server._serve([listener]))
             watching = tasks.create_task(gateway.watch("1", ""))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"

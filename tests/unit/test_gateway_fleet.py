@@ -25,7 +25,11 @@ def told(fleet):
 
 
 def ids(fleet):
-    return [one.id for one in fleet.candidates()]
+    return [one.id for one in fleet.pools()]
+
+
+def worker(fleet):
+    return next(iter(fleet.pools()))
 
 
 def test_three_missed_beats_stop_placement_and_a_beat_brings_it_back(fleet, told):
@@ -89,35 +93,35 @@ def test_roles_are_soft(fleet):
 
 
 def test_charges_count_until_the_second_beat_after_sending(fleet):
-    fleet.hear(beat(), 0.0)
-    charge = fleet.charge("w", jobs=1, tokens=100)
-    fleet.hear(beat(), 0.2)
-    fleet.hear(beat(), 0.4)
-    fleet.hear(beat(), 0.6)
-    assert fleet.candidates()[0].queued_tokens == 100  # not sent yet
+    speed = {"prefill_tokens_per_s": 100.0, "prefill_prompt_s": 0.5}
+    fleet.hear(beat(**speed), 0.0)
+    charge = fleet.charge("w", jobs=1, tokens=100, now=0.1)
+    for now in (0.2, 0.4, 0.6):
+        fleet.hear(beat(**speed), now)
+    assert worker(fleet).begins_at == pytest.approx(0.6 + 1.5)  # not sent yet
     charge.sent = True
-    fleet.hear(beat(backlog=wire.Backlog(queued_tokens=5)), 0.8)
-    assert fleet.candidates()[0].queued_tokens == 105
-    fleet.hear(beat(backlog=wire.Backlog(queued_tokens=100)), 1.0)
-    assert fleet.candidates()[0].queued_tokens == 100
+    fleet.hear(beat(backlog=wire.Backlog(queued_tokens=5), **speed), 0.8)
+    assert worker(fleet).begins_at == pytest.approx(0.8 + 0.05 + 1.5)
+    fleet.hear(beat(backlog=wire.Backlog(queued_tokens=100, queued_prompts=1), **speed), 1.0)
+    assert worker(fleet).begins_at == pytest.approx(1.0 + 1.5)
     fleet.settle(charge)
-    assert fleet.candidates()[0].queued_tokens == 100
+    assert worker(fleet).begins_at == pytest.approx(1.0 + 1.5)
 
 
 def test_a_settled_charge_is_given_back_once(fleet):
     fleet.hear(beat(), 0.0)
-    one, other = (fleet.charge("w", jobs=1, tokens=0) for _ in range(2))
+    one, other = (fleet.charge("w", jobs=1, tokens=0, now=0.0) for _ in range(2))
     fleet.settle(one)
     fleet.settle(one)
-    assert fleet.candidates()[0].jobs == 1
+    assert worker(fleet).load == 1
     fleet.lose("w")
     fleet.settle(other)
 
 
 def test_a_reply_is_fresher_than_the_last_beat(fleet):
     fleet.hear(beat(backlog=wire.Backlog(running=1)), 0.0)
-    fleet.report("w", wire.Backlog(running=7))
-    assert fleet.candidates()[0].jobs == 7
+    fleet.report("w", wire.Backlog(running=7), 0.1)
+    assert worker(fleet).load == 7
 
 
 def test_listeners_hear_of_changes(fleet):
@@ -141,3 +145,76 @@ def test_a_suspect_gets_nothing_new_and_still_counts(fleet):
     assert fleet.has("decode")
     fleet.lose("w")
     assert not fleet.has("decode")
+
+
+# ---- what the whole cluster does -------------------------------------------------------------------------------
+
+PREFILL = {"prefill_tokens_per_s": 1000.0, "prefill_prompt_s": 0.01, "max_running": 4}
+DECODE = {"decode_step_s": 0.02, "decode_sequence_s": 0.001, "max_running": 32, "load_s": 0.005}
+
+
+def cluster(arrangement="split", **backlog):
+    fleet = Fleet("m", gateway="g0", arrangement=arrangement)
+    fleet.expected_output = 100.0
+    for name in ("p0", "p1"):
+        fleet.hear(beat(name, role="prefill", backlog=wire.Backlog(**backlog), **PREFILL), 10.0)
+    fleet.hear(beat("d0", **DECODE), 10.0)
+    return fleet
+
+
+def test_speeds_add_up():
+    speeds = cluster(queued_tokens=500, queued_prompts=1, waiting=1).speeds(10.0, 0.1)
+    assert speeds.prefill_tokens_per_s == 2000
+    assert speeds.backlog_s == pytest.approx(0.51)
+    assert speeds.prefillers == 2
+    assert speeds.load_s == 0.005
+    assert not speeds.idle
+    assert speeds.sequences == 32
+    # 32 at once, each for 100 steps of 51 ms
+    assert speeds.requests_per_s == pytest.approx(32 / (100 * 0.051))
+
+
+def test_the_gap_s_target_bounds_what_runs_at_once():
+    assert cluster().speeds(10.0, 0.03).sequences == pytest.approx(11)
+
+
+def test_without_prefill_workers_decode_computes_prompts():
+    fleet = cluster(arrangement="unsplit")
+    assert fleet.speeds(10.0, 0.1).prefill_tokens_per_s == 0
+    fleet.hear(beat("d0", **DECODE, prefill_tokens_per_s=50.0), 10.2)
+    speeds = fleet.speeds(10.2, 0.1)
+    assert (speeds.prefill_tokens_per_s, speeds.load_s) == (50, 0)
+
+
+def test_speeds_are_worked_out_again_only_after_a_while():
+    fleet = cluster()
+    before = fleet.speeds(10.0, 0.1)
+    fleet.lose("p0")
+    assert fleet.speeds(10.05, 0.1) is before
+    assert fleet.speeds(10.2, 0.1).prefillers == 1
+
+
+def test_a_decode_worker_that_is_full_has_a_sequence_later():
+    fleet = cluster()
+    fleet.hear(beat("d0", **DECODE | {"max_running": 2, "max_waiting": 4}, backlog=wire.Backlog(running=2)), 10.2)
+    one = fleet.pools().get("d0")
+    assert one.has_room
+    assert one.step_s == pytest.approx(0.021)
+    assert one.sequence_s == pytest.approx(100 * 0.021 / 2)  # the first of two to end
+    fleet.report("d0", wire.Backlog(running=2, waiting=4), 10.3)
+    assert not fleet.pools().get("d0").has_room
+
+
+def test_memory_that_is_promised_is_not_free():
+    fleet = cluster()
+    fleet.hear(beat("d0", **DECODE, kv_tokens=1000, kv_usage=0.5, kv_promised=200), 10.2)
+    assert fleet.pools().get("d0").kv_free == 300
+
+
+def test_lines_of_other_gateways():
+    fleet = cluster()
+    fleet.hear(beat("g0", role="gateway", backlog=wire.Backlog(queued_prompts=9, queued_tokens=9)), 10.0)  # own
+    fleet.hear(beat("g1", role="gateway", backlog=wire.Backlog(queued_prompts=2, queued_tokens=30)), 10.0)
+    fleet.hear(beat("g2", role="gateway", backlog=wire.Backlog(queued_prompts=1, queued_tokens=10)), 10.9)
+    assert fleet.lines_elsewhere(10.9) == (3, 40)
+    assert fleet.lines_elsewhere(11.5) == (1, 10)

@@ -1,4 +1,4 @@
-"""Placement and admission: tables, and what must hold for any fleet."""
+"""Placement: tables, and what must hold for any fleet."""
 
 from random import Random
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.admission import Snapshot, admit, fit, retry_after_s
-from services.gateway.placement import Candidate, Wish, place
-from shared.errors import ContextLengthExceeded, Draining, NoCapacity, QueueFull
+from services.gateway.placement import AHEAD_S, Candidate, Pools, Rules, Wish, other_prefiller, place
+
+NOW = 100.0
 
 
 def candidate(id: str, *takes: str, **values) -> Candidate:  # noqa: A002
@@ -16,17 +16,20 @@ def candidate(id: str, *takes: str, **values) -> Candidate:  # noqa: A002
 
 
 P, D = candidate("p", "prefill"), candidate("d", "decode")
-FULL = {"max_running": 2, "max_waiting": 1, "jobs": 3}
+FAST = {"token_s": 0.001, "begins_at": NOW}
+BUSY = {"load": 0.5, "step_s": 0.02}
 
 
-def choose(candidates, *, tokens=1000, whole="", arrangement="split", avoid=()):
+def choose(
+    candidates, *, tokens=1000, output=0, whole="", hits=None, arrangement="split", avoid=(), itl_s=0.1, seed=0, **rules
+):
     return place(
-        candidates,
-        Wish(tokens=tokens, whole=whole),
-        arrangement=arrangement,
-        local_prefill_tokens=256,
+        Pools(candidates),
+        Wish(tokens=tokens, output=output, whole=whole, hits=hits or {}),
+        Rules(arrangement=arrangement, itl_s=itl_s, **rules),
         avoid=avoid,
-        random=Random(0),
+        random=Random(seed),
+        now=NOW,
     )
 
 
@@ -36,6 +39,7 @@ def choose(candidates, *, tokens=1000, whole="", arrangement="split", avoid=()):
         ([P, D], {}, ("p", "d", "split")),
         ([P, D], {"tokens": 1}, ("p", "d", "split")),
         ([P, D], {"arrangement": "unsplit"}, (None, "d", "unsplit")),
+        # Before speeds are known the prompt's length decides.
         ([P, D], {"arrangement": "auto"}, ("p", "d", "auto")),
         ([P, D], {"arrangement": "auto", "tokens": 255}, (None, "d", "short_prompt")),
         ([P, D], {"arrangement": "auto", "tokens": 256}, ("p", "d", "auto")),
@@ -53,29 +57,81 @@ def choose(candidates, *, tokens=1000, whole="", arrangement="split", avoid=()):
             {},
             (None, "d", "no_prefill_worker"),
         ),
-        # A worker without room is waited for, not worked around.
-        ([candidate("p", "prefill", **FULL), D], {}, None),
-        ([P, candidate("d", "decode", **FULL)], {}, None),
-        ([P, candidate("d", "decode", **FULL), candidate("e", "decode")], {}, ("p", "e", "split")),
-        ([P, D], {"avoid": {"d"}}, None),
-        ([P, candidate("q", "prefill"), D], {"avoid": {"p"}}, ("q", "d", "split")),
-        # Load: seconds of prefill, share of decode's sequences.
         (
             [
-                candidate("slow", "prefill", queued_tokens=500, prefill_tokens_per_s=100),
-                candidate("fast", "prefill", queued_tokens=1000, prefill_tokens_per_s=1000),
+                candidate("p", "prefill", fingerprint="1", **FAST),
+                candidate("q", "prefill", fingerprint="2", token_s=0.009),
+                candidate("d", "decode", fingerprint="2"),
+            ],
+            {},
+            ("q", "d", "split"),
+        ),
+        # A worker without room is waited for, not worked around.
+        ([candidate("p", "prefill", has_room=False), D], {}, None),
+        ([P, candidate("d", "decode", has_room=False)], {}, None),
+        ([P, candidate("d", "decode", has_room=False), candidate("e", "decode")], {}, ("p", "e", "split")),
+        ([P, D], {"avoid": {"d"}}, None),
+        ([P, candidate("q", "prefill"), D], {"avoid": {"p"}}, ("q", "d", "split")),
+        # The soonest: work ahead and its own.
+        (
+            [
+                candidate("slow", "prefill", token_s=0.01, begins_at=NOW),
+                candidate("fast", "prefill", token_s=0.001, begins_at=NOW + 0.04),
                 D,
             ],
             {},
             ("fast", "d", "split"),
         ),
+        # Bound late: one that has work for longer is not given more.
+        ([candidate("p", "prefill", token_s=0.001, begins_at=NOW + 2 * AHEAD_S), D], {}, None),
+        # A node that holds the prefix has less to compute.
+        (
+            [candidate("p", "prefill", node="a", **FAST), candidate("q", "prefill", node="b", **FAST), D],
+            {"hits": {"b": 900}},
+            ("q", "d", "split"),
+        ),
+        # Decode: the soonest to have a sequence, then the least loaded; within the gap's target; with memory.
+        (
+            [P, candidate("d", "decode", sequence_s=1.0), candidate("e", "decode", load=0.9, step_s=0.01)],
+            {},
+            ("p", "e", "split"),
+        ),
+        ([P, candidate("d", "decode", load=0.5), candidate("e", "decode", load=0.1)], {}, ("p", "e", "split")),
+        ([P, candidate("d", "decode", load=0.5, step_s=0.2)], {}, None),
+        ([P, candidate("d", "decode", load=0.5, step_s=0.2)], {"itl_s": 0.2}, ("p", "d", "split")),
+        ([P, candidate("d", "decode", **BUSY, kv_free=1199)], {"output": 200}, None),
+        ([P, candidate("d", "decode", **BUSY, kv_free=1200)], {"output": 200}, ("p", "d", "split")),
+        ([P, candidate("d", "decode", kv_free=10)], {"output": 200}, ("p", "d", "split")),  # nothing else runs there
+        # auto: whole where that is sooner and holds nobody up.
+        (
+            [candidate("p", "prefill", **FAST), candidate("d", "decode", load_s=0.01, **FAST)],
+            {"arrangement": "auto"},
+            (None, "d", "sooner"),
+        ),
+        (
+            [candidate("p", "prefill", **FAST), candidate("d", "decode", load_s=0.01, **FAST, **BUSY)],
+            {"arrangement": "auto"},
+            ("p", "d", "auto"),
+        ),
+        (
+            [candidate("p", "prefill", **FAST), candidate("d", "decode", load_s=0.01, **FAST, **BUSY)],
+            {"arrangement": "auto", "tokens": 80},
+            (None, "d", "sooner"),
+        ),
+        (
+            [candidate("p", "prefill", **FAST), candidate("d", "decode", load_s=0.01, token_s=0.01)],
+            {"arrangement": "auto"},
+            ("p", "d", "auto"),
+        ),
+        # By load alone.
         (
             [
-                candidate("small", "decode", jobs=2, max_running=4),
-                candidate("large", "decode", jobs=4, max_running=64),
+                candidate("slow", "prefill", token_s=0.1, begins_at=NOW + 9, load=0.1),
+                candidate("fast", "prefill", **FAST, load=0.2),
+                D,
             ],
-            {},
-            (None, "large", "no_prefill_worker"),
+            {"strategy": "least_loaded"},
+            ("slow", "d", "split"),
         ),
     ],
 )
@@ -85,32 +141,86 @@ def test_table(candidates, wish, expected):
 
 
 def test_prediction():
-    workers = [candidate("p", "prefill", queued_tokens=500, prefill_tokens_per_s=1000), D]
-    assert choose(workers, tokens=500).predicted_ttft_s == pytest.approx(1.0)
+    prefill = candidate("p", "prefill", token_s=0.001, prompt_s=0.2, begins_at=NOW + 0.04)
+    decode = candidate("d", "decode", load_s=0.01, load_token_s=0.0001, step_s=0.02, load=0.1)
+    assert choose([prefill, decode], tokens=500).predicted_ttft_s == pytest.approx(0.04 + 0.2 + 0.5 + 0.01 + 0.05)
+    # A sequence becomes free while the prompt is computed.
+    later = candidate("d", "decode", sequence_s=2.0, load_s=0.01)
+    assert choose([prefill, later], tokens=500).predicted_ttft_s == pytest.approx(2.01)
     assert choose([P, D]).predicted_ttft_s is None
 
 
+def test_near_ties_are_spread():
+    alike = [candidate(f"p{number}", "prefill", **FAST) for number in range(20)]
+    chosen = {choose([*alike, D], seed=seed).prefill for seed in range(100)}
+    assert len(chosen) > 10
+
+
+def test_many_full_workers_hide_nobody():
+    full = [candidate(f"f{number}", "prefill", token_s=0.001, begins_at=NOW + 1) for number in range(500)]
+    for seed in range(20):
+        assert choose([*full, P, D], seed=seed).prefill == "p"
+
+
+def test_a_pool_forgets_whom_it_loses():
+    pools = Pools([P, candidate("q", "prefill"), D])
+    pools.remove("p")
+    pools.put(candidate("q", "prefill", has_room=False))
+    assert pools.with_room("prefill") == []
+    assert pools.can_split
+    pools.remove("q")
+    pools.remove("nobody")
+    assert not pools.can_split
+    assert [one.id for one in pools] == ["d"]
+
+
+def test_another_prefiller_of_the_same_shape():
+    pools = Pools(
+        [
+            candidate("p", "prefill", fingerprint="1", **FAST),
+            candidate("q", "prefill", fingerprint="2", token_s=0.001, begins_at=NOW + 9),
+            candidate("d", "decode", fingerprint="2"),
+        ]
+    )
+    assert other_prefiller(pools, "d", avoid={"d"}, random=Random(0), now=NOW) == "q"
+    assert other_prefiller(pools, "d", avoid={"d", "q"}, random=Random(0), now=NOW) is None
+
+
+seconds = st.sampled_from([0.0, 0.01, 1.0])
 workers = st.builds(
     Candidate,
     id=st.uuids().map(str),
     takes=st.sets(st.sampled_from(["prefill", "decode"])).map(frozenset),
     fingerprint=st.sampled_from(["", "a", "b"]),
-    jobs=st.integers(0, 5),
-    max_running=st.integers(0, 3),
-    max_waiting=st.integers(0, 1),
-    prefill_tokens_per_s=st.sampled_from([0.0, 100.0]),
+    has_room=st.booleans(),
+    load=st.sampled_from([0.0, 0.5]),
+    begins_at=st.sampled_from([0.0, NOW, NOW + 1]),
+    token_s=st.sampled_from([0.0, 0.01]),
+    sequence_s=seconds,
+    step_s=seconds,
+    kv_free=st.sampled_from([10.0, 10_000.0]),
 )
 
 
-@given(st.lists(workers, max_size=6), st.sampled_from(["split", "unsplit", "auto"]), st.booleans(), st.integers(1, 999))
-def test_whoever_is_chosen_can_do_it(candidates, arrangement, whole, tokens):
-    placed = choose(candidates, tokens=tokens, whole=whole, arrangement=arrangement)
+@given(
+    st.lists(workers, max_size=8),
+    st.sampled_from(["split", "unsplit", "auto"]),
+    st.sampled_from(["predicted", "least_loaded"]),
+    st.booleans(),
+    st.integers(1, 999),
+)
+def test_whoever_is_chosen_can_do_it(candidates, arrangement, strategy, whole, tokens):
+    placed = choose(
+        candidates, tokens=tokens, whole="asked" if whole else "", arrangement=arrangement, strategy=strategy
+    )
     by_id = {one.id: one for one in candidates}
     if placed is None:
         return
     decode = by_id[placed.decode]
     assert "decode" in decode.takes
     assert decode.has_room
+    if strategy == "predicted":
+        assert decode.load == 0 or (decode.step_s <= 0.1 and tokens <= decode.kv_free)
     if placed.prefill is not None:
         prefill = by_id[placed.prefill]
         assert "prefill" in prefill.takes
@@ -119,62 +229,3 @@ def test_whoever_is_chosen_can_do_it(candidates, arrangement, whole, tokens):
         assert prefill.fingerprint == decode.fingerprint or not (prefill.fingerprint and decode.fingerprint)
         assert arrangement != "unsplit"
         assert not whole
-
-
-OPEN = {
-    "draining": False,
-    "connected": True,
-    "decode_alive": True,
-    "requests": 0,
-    "max_requests": 10,
-    "queued": 0,
-    "served_per_s": 0.0,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"draining": True}, Draining),
-        ({"connected": False}, NoCapacity),
-        ({"decode_alive": False}, NoCapacity),
-        ({"requests": 10}, QueueFull),
-    ],
-)
-def test_refusals_say_when_to_come_back(change, error):
-    with pytest.raises(error) as refused:
-        admit(Snapshot(**OPEN | change))
-    assert refused.value.retry_after_s > 0
-
-
-def test_admitted():
-    admit(Snapshot(**OPEN))
-
-
-@given(st.integers(0, 10**6), st.floats(0, 10**6))
-def test_retry_after_is_bounded(queued, rate):
-    assert 1.0 <= retry_after_s(Snapshot(**OPEN | {"queued": queued, "served_per_s": rate})) <= 60.0
-
-
-@pytest.mark.parametrize(
-    ("prompt", "asked", "context", "outcome"),
-    [
-        (10, None, 100, 90),
-        (10, 90, 100, 90),
-        (10, 91, 100, "max_tokens"),
-        (100, None, 100, "prompt"),
-        (100, 1, 100, "prompt"),
-        (99, None, 100, 1),
-        (10**6, 7, 0, 7),
-    ],
-)
-def test_fit(prompt, asked, context, outcome):
-    def ask() -> int:
-        return fit(prompt, asked, context, prompt_param="prompt", limit_param="max_tokens")
-
-    if isinstance(outcome, int):
-        assert ask() == outcome
-    else:
-        with pytest.raises(ContextLengthExceeded) as refused:
-            ask()
-        assert refused.value.param == outcome

@@ -7,7 +7,7 @@ import pytest
 from services.gateway import streams as module
 from services.gateway.streams import Streams
 from shared import wire
-from shared.errors import BusUnavailable, EngineFailed, Internal, OutputLost, WorkerLost, WorkerStalled
+from shared.errors import BusUnavailable, Cancelled, EngineFailed, Internal, OutputLost, WorkerLost, WorkerStalled
 
 
 def batch(*rows, **columns) -> wire.TokenBatch:
@@ -117,7 +117,7 @@ async def test_what_is_not_read_is_bounded(streams):
     rows = [("r", 0, number, 0) for number in range(module.MAX_ROWS + 10)]
     streams.put(batch(*rows), 0.0)
     assert len(await stream.read()) == module.MAX_ROWS + 1
-    with pytest.raises(Internal):
+    with pytest.raises(Cancelled):
         await stream.read()
 
 

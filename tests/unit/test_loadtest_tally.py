@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.load.answer import Outcome
-from loadtest.load.records import Row, Share, merged
+from loadtest.load.records import Row, Share, Try, merged
 from loadtest.load.tally import tally
 from loadtest.slo import Slo, percentile
 
@@ -27,7 +27,7 @@ def share(*rows: tuple[Row, list[float]], **more) -> Share:
 
 def answered(intended_s: float, events: list[float], **more) -> tuple[Row, list[float]]:
     given = {"sent_s": intended_s, "ttft_s": events[0], "end_s": intended_s + events[-1], "output_tokens": len(events)}
-    return Row(intended_s=intended_s, outcome=Outcome.OK, status=200, attempts=1, **{**given, **more}), events
+    return Row(intended_s=intended_s, outcome=Outcome.OK, status=200, **{"attempts": 1, **given, **more}), events
 
 
 def refused(intended_s: float, outcome=Outcome.SHED, code="queue_full", status=429) -> tuple[Row, list[float]]:
@@ -161,3 +161,24 @@ def test_stages_are_columns():
 def test_notes_survive_the_pipe():
     given = share(answered(0.5, [0.25, 0.5], stages_s={"queue": 0.1}), refused(1.0), clipped=3, verified=1)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(given), type=Share) == given
+
+
+def test_attempts_are_kept_by_request():
+    failed = Try(sent_s=0.0, end_s=0.01, outcome=Outcome.SHED, status=429, code="kv_memory", retry_after_s=1.0)
+    again = msgspec.structs.replace(failed, sent_s=1.01, end_s=3.2, queued_s=2.0)
+    late = answered(0.0, [4.0, 4.01], attempts=3, last_sent_s=3.5, tries=[failed, again], predicted_ttft_s=0.5)
+    found = tally(merged([share(answered(0.5, [0.1, 0.6]), late)]), SLO, 5.0)
+    assert msgspec.to_builtins(found.tries) == {
+        "request": [0, 0],
+        "number": [0, 1],
+        "sent_s": [0.0, 1.01],
+        "end_s": [0.01, 3.2],
+        "outcome": ["shed"] * 2,
+        "status": [429] * 2,
+        "code": ["kv_memory"] * 2,
+        "retry_after_s": [1.0, 1.0],
+        "queued_s": [None, 2.0],
+    }
+    told = found.requests
+    assert (told.last_sent_s, told.good, told.steady) == ([3.5, None], [False, False], [True, False])
+    assert (told.predicted_ttft_s, told.actual_ttft_s) == ([0.5, None], None)

@@ -66,8 +66,8 @@ def test_shipped_workloads(name):
     assert first != [other.conversation(index) for index in range(50)]
 
 
-def test_there_are_the_five_kinds():
-    assert workload.shipped() == ["agent-turns", "chat", "code-completion", "mixed", "summarise"]
+def test_there_are_these_kinds():
+    assert workload.shipped() == ["agent-turns", "chat", "code-completion", "mixed", "overload", "summarise"]
 
 
 def test_a_mix_keeps_its_weights_and_its_parts_share_nothing():

@@ -174,7 +174,8 @@
   };
 
   // A value without a neighbour has no line: it needs its dot.
-  const dots = (chart, column) => {
+  const dots = (chart, told, column) => {
+    if (told.dots) return { show: true, size: 4, width: 0, fill: () => palette[`c-${told.colour}`] + "99" };
     if (chart.stacked || chart.x.scale === "log") return { show: false };
     return column.filter((value) => value != null).length < 3 ? { show: true, size: 6 } : { size: 5 };
   };
@@ -186,8 +187,8 @@
     dash: told.dash.length ? told.dash : undefined,
     fill: told.fill ? () => palette[`c-${told.colour}`] + (chart.stacked ? "d9" : "24") : undefined,
     // A share within a bound rises at the values that were measured, not between them.
-    paths: chart.x.scale === "log" ? uPlot.paths.stepped({ align: 1 }) : undefined,
-    points: dots(chart, chart.columns[number + 1]),
+    paths: told.dots ? () => null : chart.x.scale === "log" && chart.y.scale !== "log" ? uPlot.paths.stepped({ align: 1 }) : undefined,
+    points: dots(chart, told, chart.columns[number + 1]),
     scale: "y",
   });
 
@@ -222,7 +223,7 @@
   // Latencies differ by powers of ten when something goes wrong: a logarithmic axis is one click away.
   const addScaleButton = (element) => {
     const chart = charts[element.dataset.chart];
-    if (chart.stacked || !["s", "ms"].includes(chart.y.unit)) return;
+    if (chart.stacked || chart.y.scale === "log" || !["s", "ms"].includes(chart.y.unit)) return;
     const button = document.createElement("button");
     button.type = "button";
     button.className = "scale";
@@ -249,7 +250,7 @@
   readPalette();
   for (const element of document.querySelectorAll(".plot")) {
     addScaleButton(element);
-    build(element, false);
+    build(element, charts[element.dataset.chart].y.scale === "log");
   }
   new ResizeObserver(fit).observe(document.body);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

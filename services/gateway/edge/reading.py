@@ -52,7 +52,7 @@ def read(kind: type[B], data: bytes, *, model: str, max_n: int, max_prompts: int
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:
-        raise _first(error) from None
+        raise first(error) from None
     if body.model != model:
         raise ModelNotFound("the model does not exist here; GET /v1/models lists what does", param="model")
     _check_extras(body)
@@ -62,25 +62,29 @@ def read(kind: type[B], data: bytes, *, model: str, max_n: int, max_prompts: int
     return body
 
 
-def _first(error: ValidationError) -> RequestError:
-    """One error at a time, as OpenAI does."""
+def first(error: ValidationError, within: str = "", before: int = 0) -> RequestError:
+    """One error at a time, as OpenAI does. `within` is a list whose items from number `before` on were checked."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     # A union reports every branch; the one that got furthest is what the client meant.
-    first = max((one for one in errors if one["loc"][:1] == errors[0]["loc"][:1]), key=lambda one: len(one["loc"]))
-    if first["type"] == "json_invalid":
+    one = max((each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    if one["type"] == "json_invalid":
         return InvalidRequest("the body is not valid JSON")
-    param = _path(first["loc"])
-    if first["type"] == "literal_error" and param.startswith("messages[") and param.endswith("].type"):
+    param = _path(one["loc"]) if not within else _item(one["loc"], within, before)
+    if one["type"] == "literal_error" and param.startswith("messages[") and param.endswith("].type"):
         return UnsupportedParameter(f"{param}: only text is supported", param=param)
-    if first["type"] == "extra_forbidden":
+    if one["type"] == "extra_forbidden":
         return UnsupportedParameter(f"{param}: not supported", param=param)
-    words = first["msg"].removeprefix("Value error, ")
+    words = one["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {words[:1].lower()}{words[1:]}" if param else words, param=param or None)
 
 
-def _path(location: tuple[int | str, ...]) -> str:
+def _item(location: tuple[int | str, ...], within: str, before: int) -> str:
+    index, *more = location
+    return _path(tuple(more), f"{within}[{int(index) + before}]")
+
+
+def _path(location: tuple[int | str, ...], path: str = "") -> str:
     """("messages", 0, "content", "list[TextPart]", 1, "type") becomes messages[0].content[1].type."""
-    path = ""
     for step in location:
         if isinstance(step, int):
             path += f"[{step}]"
@@ -96,11 +100,14 @@ def _check_extras(body: Body) -> None:
         if value is None:
             continue
         if name not in UNSUPPORTED:
-            # The name comes from the client: shown only when it looks like one.
-            shown = name if name.isidentifier() and len(name) <= 64 else "a parameter"
-            raise InvalidRequest(f"{shown}: unknown parameter", param=shown)
+            raise InvalidRequest(f"{shown(name)}: unknown parameter", param=shown(name))
         if value not in UNSUPPORTED[name]:
             raise UnsupportedParameter(f"{name}: not supported", param=name)
+
+
+def shown(name: str) -> str:
+    """The name comes from the client: shown only when it looks like one."""
+    return name if name.isidentifier() and len(name) <= 64 else "a parameter"
 
 
 def _check_together(body: Body, max_n: int) -> None:
@@ -136,7 +143,7 @@ def _check_together(body: Body, max_n: int) -> None:
 
 def _check_completion(body: CompletionBody, max_prompts: int) -> None:
     if len(body.prompt) > max_prompts and len(body.prompts()) > max_prompts:
-        raise InvalidRequest(f"prompt: at most {max_prompts} in one request", param="prompt")
+        raise too_many_prompts(max_prompts)
     if body.limit() == 0 and not body.echo:
         raise InvalidRequest("max_tokens: must be at least 1 unless 'echo' is true", param="max_tokens")
 
@@ -145,6 +152,10 @@ def check_limit(body: Body, limit: int) -> None:
     """`limit`: tokens that may be generated, now that the prompt's length is known."""
     if (body.min_tokens or 0) > limit:
         raise InvalidRequest(f"min_tokens: at most {limit} tokens fit", param="min_tokens")
+
+
+def too_many_prompts(max_prompts: int) -> InvalidRequest:
+    return InvalidRequest(f"prompt: at most {max_prompts} in one request", param="prompt")
 
 
 def empty(param: str) -> InvalidRequest:

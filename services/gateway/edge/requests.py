@@ -3,11 +3,14 @@
 Invariants: JSON types are taken as they are; null means not given; `sampling()` says in vLLM's names what was asked.
 """
 
+import functools
 import json
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import jsonschema
+import jsonschema_rs
 import msgspec
+from jsonschema.validators import Draft202012Validator, validator_for
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from shared import wire
@@ -71,10 +74,10 @@ class JsonSchema(_Strict):
     @classmethod
     def _is_schema(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            jsonschema.validators.validator_for(value, default=jsonschema.Draft202012Validator).check_schema(value)
+            _check_schema(value)
             json.dumps(value, allow_nan=False)
             msgspec.msgpack.encode(value)  # it travels so, and integers of any size do not
-        except (jsonschema.SchemaError, TypeError, ValueError, OverflowError, RecursionError):
+        except (TypeError, ValueError, OverflowError, RecursionError):
             # The library's message quotes the schema; the client knows its own.
             raise ValueError("not a valid JSON schema") from None
         return value
@@ -265,3 +268,27 @@ class CompletionBody(Body):
 
 def _is_id(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= MAX_ID_DIGITS
+
+
+def _check_schema(definition: dict[str, Any]) -> None:
+    """By the draft that it says it is of; nothing is ever fetched. Raises ValueError."""
+    if not isinstance(definition.get("$schema", ""), str):
+        raise TypeError("$schema")
+    draft = validator_for(definition, default=Draft202012Validator).META_SCHEMA["$schema"]
+    if not _compiled(draft).is_valid(definition):
+        raise ValueError("schema")
+
+
+@functools.cache  # one a draft
+def _compiled(draft: str) -> jsonschema_rs.Validator:
+    """In Rust: jsonschema itself takes 0.2 ms a property, on the event loop."""
+    meta = validator_for({"$schema": draft}).META_SCHEMA
+    return jsonschema_rs.validator_for(meta, validate_formats=True, formats={"regex": _is_pattern})
+
+
+def _is_pattern(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True

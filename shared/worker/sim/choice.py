@@ -50,7 +50,6 @@ class Stream:
 
 class Choice(Sequence):
     __slots__ = (
-        "began_s",
         "excess",
         "history",
         "index",
@@ -58,6 +57,7 @@ class Choice(Sequence):
         "limit",
         "min_tokens",
         "produced",
+        "replay",
         "sampler",
         "stops",
         "stream",
@@ -76,18 +76,24 @@ class Choice(Sequence):
         self.limit = limit
         self.min_tokens = sampling.min_tokens
         self.produced = 0
+        self.replay: list[int] = []  # into the table
         self.stops = Stops(sampling) if sampling.stop or sampling.stop_token_ids else None
         self.excess = 0  # of the prompt's pages, see pages.py
-        self.began_s = 0.0
 
-    def prepare(self, contents: Contents, table: TokenTable, sampling: wire.Sampling) -> None:
-        self.sampler = Sampler(table, sampling, self.index)
+    def prepare(self, contents: Contents, table: TokenTable, request: EngineRequest) -> None:
+        """Raises InvalidRequest for a replay that is no output of this engine."""
+        self.sampler = Sampler(table, request.sampling, self.index)
+        if request.replay:
+            self.replay = [table.index(token) for token in wire.unpack_tokens(request.replay[self.index])]
         self.history = History(contents, self.reading, self.tokens)
 
     def sample(self, table: TokenTable) -> EngineDelta:
         """One more token, as a delta without an account."""
         produced = self.produced
-        index = self.sampler.next(self.history.state, self.excess, may_stop=produced >= self.min_tokens)
+        if produced < len(self.replay):
+            index = self.replay[produced]
+        else:
+            index = self.sampler.next(self.history.state, self.excess, may_stop=produced >= self.min_tokens)
         token, text = table.ids[index], table.texts[index]
         self.produced = produced = produced + 1
         finish = None

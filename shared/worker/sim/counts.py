@@ -3,14 +3,14 @@
 from prometheus_client import CollectorRegistry, Counter
 
 from shared.worker.engine import EngineLoad
-from shared.worker.rates import Rates
+from shared.worker.rates import Steps
 
 
 class SimCounts:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.preemptions = 0
         self.computed_prompt_tokens = 0
-        self.rates = Rates()
+        self.step_times = Steps()
         self.mismatched = Counter(
             "baton_sim_kv_mismatched_blocks",
             "Blocks of prompts whose bytes, at the start of decoding, were not what their tokens call for",
@@ -30,6 +30,6 @@ class SimCounts:
             kv_usage=kv_usage,
             preemptions=self.preemptions,
             computed_prompt_tokens=self.computed_prompt_tokens,
-            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
-            decode_step_s=self.rates.decode_step_s,
+            decode_step_s=self.step_times.step_s(running),
+            decode_sequence_s=self.step_times.sequence_s,
         )

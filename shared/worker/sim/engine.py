@@ -127,7 +127,9 @@ class SimEngine:
             max_model_len=shape.max_model_len,
             max_running=shape.max_running,
             kv_blocks=self._pool.count,
+            kv_tokens=self._pool.count * shape.block_size,
             splits=True,
+            forces=True,
             details={
                 "profile": shape.profile.name,
                 "speed": self._speed,
@@ -151,7 +153,7 @@ class SimEngine:
             Choice(request, index, stream, reading=reading, salt=salt, limit=limit) for index in range(sampling.n)
         ]
         for choice in choices:
-            choice.prepare(self._contents, self._table, sampling)
+            choice.prepare(self._contents, self._table, request)
             self._planner.track(choice.id, request.kv, choice.prompt_tokens)
             self._scheduler.add(choice)
         self._streams.add(stream)
@@ -215,9 +217,6 @@ class SimEngine:
     async def _compute(self, step: Step) -> None:
         now_s = time.monotonic()
         start_s = self._start_s(now_s)
-        for chunk in step.chunks:
-            choice: Any = chunk.sequence
-            choice.began_s = choice.began_s or now_s
         if self._shape.has_kv and self._bytes_of(step) > INLINE_BYTES:
             await asyncio.to_thread(self._work, step)
         else:
@@ -266,7 +265,7 @@ class SimEngine:
         counts.steps.inc()
         counts.preemptions += step.preempted
         if step.decodes and self._ended_s is not None:
-            counts.rates.step(now_s - self._ended_s)
+            counts.step_times.see(len(step.decodes), now_s - self._ended_s)
         self._ended_s = now_s
         for sequence in step.decodes:
             if not sequence.has_ended:
@@ -275,14 +274,13 @@ class SimEngine:
             choice: Any = chunk.sequence
             counts.computed_prompt_tokens += max(0, min(chunk.end, choice.prompt_tokens) - chunk.start)
             if not choice.has_ended and chunk.completes:
-                if not choice.produced:
-                    counts.rates.prompt(choice.prompt_tokens - choice.cached, now_s - choice.began_s)
                 self._give(choice, table)
 
     def _give(self, choice: Any, table: TokenTable) -> None:
         delta: EngineDelta = choice.sample(table)
         if delta.finish is None:
-            choice.stream.push(delta)
+            first = choice.produced == 1
+            choice.stream.push(msgspec.structs.replace(delta, cached_tokens=choice.cached) if first else delta)
             return
         account = self._scheduler.end(choice)
         last = msgspec.structs.replace(

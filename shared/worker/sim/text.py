@@ -6,19 +6,20 @@ into a table of tokens whose texts stand alone. So temperature, top_p, top_k, mi
 on, and no end token ever comes.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from shared import wire
-from shared.errors import SettingsError
+from shared.errors import InvalidRequest, SettingsError
 from shared.worker.sim.contents import MASK, SETTLE, SPREAD, STIR, token_hash
 
 TABLE = 4096  # tokens at most; spread over the vocabulary
 
 
 class TokenTable:
-    """`ids[i]` reads as `texts[i]`, wherever it stands."""
+    """`ids[i]` reads as `texts[i]`, wherever it stands. Ids are in order."""
 
     def __init__(self, ids: list[int], texts: list[str], vocabulary: int) -> None:
         self.ids = ids
@@ -26,6 +27,13 @@ class TokenTable:
         self.hashes = [token_hash(token) for token in ids]
         self.vocabulary = vocabulary
         self.size = len(ids)
+
+    def index(self, token: int) -> int:
+        """Raises InvalidRequest for a token that is not in the table."""
+        index = bisect_left(self.ids, token)
+        if index == self.size or self.ids[index] != token:
+            raise InvalidRequest("the sim engine never says one of the tokens that it is to repeat")
+        return index
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocabulary: int) -> "TokenTable":

@@ -1,0 +1,179 @@
+"""Who gets workers, when, and who is told that it would be too late: the line with its placement and its targets.
+
+The decisions are pure and elsewhere (placement.py, order.py, admission.py); here they meet the fleet and the clock.
+Invariants: what is placed is charged in the same step; a prompt that could start while the line is blocked wakes it.
+"""
+
+import asyncio
+import time
+from random import Random
+
+from services.gateway import admission
+from services.gateway.admission import Appointments, Correction, Speeds
+from services.gateway.fleet import Charge, Fleet
+from services.gateway.order import Ahead
+from services.gateway.placement import AHEAD_S, Placement, Rules, other_prefiller, place
+from services.gateway.queue import Queue, Seat, Waiting
+from shared.errors import DeadlineInfeasible, KvMemory, NoCapacity, Refused
+from shared.settings import GatewaySettings, Target
+
+TIERS = ("priority", "default", "flex")
+LEAST_WAKE_S = 0.001
+
+
+class Seating:
+    def __init__(self, settings: GatewaySettings, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._queue_s = settings.queue_s
+        self._refuses = settings.admission == "on"
+        self._works = ("decode",) if settings.arrangement == "unsplit" else ("prefill", "decode")
+        self._targets: dict[str, Target] = {tier: settings.target(tier) for tier in TIERS}
+        self._rules = {
+            tier: Rules(
+                arrangement=settings.arrangement,
+                strategy=settings.placement,
+                local_prefill_tokens=settings.local_prefill_tokens,
+                itl_s=target.itl_s if self._refuses else float("inf"),
+            )
+            for tier, target in self._targets.items()
+        }
+        self._random = Random()  # noqa: S311 - breaks ties between workers
+        self._appointments = Appointments()
+        self._timer: asyncio.TimerHandle | None = None
+        self.correction = Correction()
+        self.queue = Queue(
+            {tier: getattr(settings.tier_weights, tier) for tier in TIERS},
+            seat=self._seat,
+            unseat=self.unseat,
+            until=self._until,
+        )
+
+    async def take(self, waiting: Waiting, last_busy: str) -> Seat:
+        """Raises Refused."""
+        return await self.queue.take(waiting, refusal=lambda: self.refusal(last_busy))
+
+    def unseat(self, seat: Seat) -> None:
+        for charge in seat.charges.values():
+            self._fleet.settle(charge)
+
+    def saw(self, waiting: Waiting, measured_s: float) -> None:
+        """The first token of one that was predicted, `measured_s` after it came in line."""
+        if waiting.raw_s is not None:
+            self.correction.see(waiting.raw_s, measured_s)
+
+    def answered(self, tier: str, tenant: str, tokens: int) -> None:
+        self._fleet.answered(tokens)
+        self.queue.serve(tier, tenant, tokens)
+
+    def other_prefiller(self, tried: set[str], decode: str) -> str | None:
+        """Who could take over a prefill job now."""
+        return other_prefiller(
+            self._fleet.pools(), decode, avoid=tried | {decode}, random=self._random, now=time.monotonic()
+        )
+
+    def refusal(self, last_busy: str) -> Refused:
+        """Why a request that waited for its full time got no place."""
+        again = self.retry_after_s(0)
+        if not self._fleet.has("decode"):
+            return NoCapacity("no decode worker is alive", retry_after_s=again)
+        if last_busy == KvMemory.code:
+            return KvMemory("no worker has memory for this prompt now", retry_after_s=again)
+        return DeadlineInfeasible("no worker had room in time", retry_after_s=again)
+
+    def retry_after_s(self, tokens: int, missing_s: float | None = None) -> float:
+        """When one with so many tokens should ask again; `missing_s`: None: until the line has gone."""
+        now = time.monotonic()
+        speeds = self._fleet.speeds(now, self._targets["default"].itl_s)
+        if missing_s is None:
+            missing_s = admission.wait_s(speeds, len(self.queue), self.queue.tokens)
+        cost_s = max(
+            tokens / speeds.prefill_tokens_per_s if speeds.prefill_tokens_per_s else 0.0,
+            1 / speeds.requests_per_s if speeds.requests_per_s else 0.0,
+        )
+        return self._appointments.next_s(now, missing_s=missing_s, cost_s=cost_s)
+
+    # ---- for the queue -------------------------------------------------------------------------------------
+
+    def _until(self, waiting: Waiting, ahead: Ahead) -> float:
+        """Raises DeadlineInfeasible when it need not wait at all."""
+        now = time.monotonic()
+        latest = waiting.entered + self._queue_s
+        speeds = self._fleet.speeds(now, self._targets[waiting.tier].itl_s)
+        alone_s = admission.empty_s(speeds, waiting.tokens)
+        if alone_s is not None and waiting.fresh:
+            elsewhere = self._fleet.lines_elsewhere(now)
+            # Other gateways' lines are served side by side with this one.
+            requests = ahead.requests + min(elsewhere[0], ahead.requests + 1)
+            tokens = ahead.tokens + min(elsewhere[1], ahead.tokens + waiting.tokens)
+            self._predict(waiting, admission.wait_s(speeds, requests, tokens) + alone_s)
+            self._check(waiting, speeds, now, waits=len(self.queue) > 1)
+        if alone_s is not None and not waiting.urgent and self._refuses:
+            latest = min(latest, waiting.since + self._target_s(waiting, speeds) - self.correction(alone_s))
+        return asyncio.get_running_loop().time() + max(0.0, latest - now)
+
+    def _seat(self, waiting: Waiting) -> Seat | None:
+        now, fleet = time.monotonic(), self._fleet
+        avoid = {worker for worker, beats in waiting.avoid.items() if fleet.beats(worker) == beats}
+        rules = self._rules[waiting.tier]
+        placement = place(fleet.pools(), waiting.wish, rules, avoid=avoid, random=self._random, now=now)
+        if placement is None:
+            self._wake_later(now)
+            return None
+        if placement.predicted_ttft_s is not None:
+            self._judge(waiting, placement.predicted_ttft_s, now)
+        waiting.fresh = False
+        return Seat(placement, self._charges(placement, waiting.tokens, now))
+
+    def _charges(self, placement: Placement, tokens: int, now: float) -> dict[str, Charge]:
+        whole, fleet = placement.prefill is None, self._fleet
+        charges = {placement.decode: fleet.charge(placement.decode, jobs=1, tokens=tokens if whole else 0, now=now)}
+        if placement.prefill is not None:
+            charges[placement.prefill] = fleet.charge(placement.prefill, jobs=1, tokens=tokens, now=now)
+        return charges
+
+    # ---- targets -------------------------------------------------------------------------------------------
+
+    def _predict(self, waiting: Waiting, raw_s: float) -> None:
+        """The first prediction stands: it is what the client was promised."""
+        if waiting.raw_s is None:
+            waiting.raw_s = raw_s
+            waiting.expected_s = waiting.entered - waiting.since + self.correction(raw_s)
+
+    def _judge(self, waiting: Waiting, left_s: float, now: float) -> None:
+        """Its turn has come: is there still time? Raises DeadlineInfeasible."""
+        self._predict(waiting, left_s)
+        speeds = self._fleet.speeds(now, self._targets[waiting.tier].itl_s)
+        self._check(waiting, speeds, now, waits=len(self.queue) > 1, left_s=left_s)
+
+    def _check(self, waiting: Waiting, speeds: Speeds, now: float, *, waits: bool, left_s: float | None = None) -> None:
+        """`left_s`: predicted from now; None: what was predicted at first."""
+        if waiting.urgent or not self._refuses:
+            return
+        expected_s = waiting.expected_s or 0.0
+        if left_s is not None:
+            expected_s = now - waiting.since + self.correction(left_s)
+        target_s = self._target_s(waiting, speeds)
+        if admission.feasible(expected_s=expected_s, target=target_s, waits=waits, idle=speeds.idle):
+            return
+        raise DeadlineInfeasible(
+            f"the first token would come after {expected_s:.1f} s, and its target is {target_s:.1f} s",
+            retry_after_s=self.retry_after_s(waiting.tokens, expected_s - target_s),
+        )
+
+    def _target_s(self, waiting: Waiting, speeds: Speeds) -> float:
+        alone_s = admission.empty_s(speeds, waiting.tokens)
+        return admission.target_s(self._targets[waiting.tier].ttft_s, self.correction(alone_s or 0.0))
+
+    def _wake_later(self, now: float) -> None:
+        """A worker has less than AHEAD_S of work left before anything is heard of it."""
+        if self._timer is not None:
+            return
+        pools = self._fleet.pools()
+        begins = [one.begins_at for work in self._works for one in pools.with_room(work)]
+        in_s = min((at for at in begins if at - now >= AHEAD_S), default=now) - now - AHEAD_S
+        if in_s >= 0:
+            self._timer = asyncio.get_running_loop().call_later(max(in_s, LEAST_WAKE_S), self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self.queue.pump()

@@ -1,0 +1,93 @@
+"""What a worker measures of itself."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.line import LEAST, Line
+from shared.worker.rates import Prompts, Steps
+
+
+def line(*points, proportional=True) -> Line:
+    seen = Line(proportional=proportional)
+    for point in points:
+        seen.see(*point)
+    return seen
+
+
+def test_nothing_is_said_before_enough_has_been_seen():
+    assert line(*[(100, 1.0)] * (LEAST - 1)).terms() == (0, 0)
+    assert line(*[(100, 1.0)] * LEAST).is_known
+
+
+def test_it_finds_both_terms():
+    fixed, slope = line(*[(x, 0.5 + 0.01 * x) for x in (10, 100, 400, 1000) * 20]).terms()
+    assert fixed == pytest.approx(0.5, rel=0.1)
+    assert slope == pytest.approx(0.01, rel=0.05)
+
+
+def test_where_x_is_always_alike_the_prior_speaks():
+    fixed, slope = line(*[(100, 1.0)] * 20).terms()
+    assert (fixed, slope) == pytest.approx((0, 0.01))
+    fixed, slope = line(*[(8, 0.02)] * 20, proportional=False).terms()
+    assert (fixed, slope) == pytest.approx((0.02, 0))
+
+
+def test_old_observations_fade():
+    seen = line(*[(100, 1.0)] * 100, *[(100, 3.0)] * 100)
+    fixed, slope = seen.terms()
+    assert fixed + 100 * slope == pytest.approx(3.0, rel=0.05)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 10**4)), max_size=80), st.booleans())
+def test_no_term_is_ever_negative(points, proportional):
+    fixed, slope = line(*points, proportional=proportional).terms()
+    assert fixed >= 0
+    assert slope >= 0
+
+
+def test_a_prompt_costs_what_it_adds():
+    prompts = Prompts()
+    # Four that come together and are computed one after the other, each in 0.1 s.
+    for turn in range(10):
+        start = turn * 10.0
+        for number in range(4):
+            prompts.begin((f"{turn}-{number}", 0), 1000, start)
+        for number in range(4):
+            prompts.done((f"{turn}-{number}", 0), 1000, start + 0.1 * (number + 1))
+    fixed, slope = prompts.line.terms()
+    assert fixed + 1000 * slope == pytest.approx(0.1, rel=0.01)
+
+
+def test_the_backlog_shrinks_while_its_first_is_computed():
+    prompts = Prompts()
+    for turn in range(LEAST):
+        prompts.begin(("x", turn), 1000, float(turn))
+        prompts.done(("x", turn), 1000, turn + 1.0)  # a token a millisecond
+    prompts.begin(("a", 0), 1000, 10.0)
+    prompts.begin(("b", 0), 500, 10.1)
+    assert prompts.backlog(10.0) == (2, 1500)
+    assert prompts.backlog(10.4) == (2, pytest.approx(1100, abs=2))
+    assert prompts.backlog(99.0) == (2, 500)  # late: but the second has not begun
+    prompts.drop(("a", 0))
+    prompts.drop(("a", 0))
+    assert prompts.backlog(10.1) == (1, 500)
+    prompts.drop(("b", 0))
+    assert prompts.backlog(10.1) == (0, 0)
+
+
+def test_cached_prompts_say_nothing_of_computing():
+    prompts = Prompts()
+    for number in range(9):
+        prompts.begin(("x", number), 1000, 0.0)
+        prompts.done(("x", number), 1, 9.0)
+    assert prompts.line.count == 0
+
+
+def test_steps_by_how_many_run():
+    steps = Steps()
+    for running in (1, 8, 16, 32) * 50:
+        steps.see(running, 0.01 + 0.001 * running)
+    steps.see(8, 0.0)
+    assert steps.step_s(8) == pytest.approx(0.018, rel=0.05)
+    assert steps.sequence_s == pytest.approx(0.001, rel=0.1)
