@@ -88,7 +88,11 @@ class Leg:
         self.first_token_at = 0.0
         self._last_token_at = 0.0
         self.finish_reasons: list[str] = []
-        self.generated = 0  # tokens, in all attempts
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the client has, over all attempts."""
+        return self._sent.count
 
     @property
     def began(self) -> bool:
@@ -170,7 +174,6 @@ class Leg:
             refused = True
             raise
         finally:
-            self.generated += stream.tokens
             gateway.streams.close(stream)
             if prefilling is not None:
                 prefilling.close()

@@ -235,7 +235,7 @@ async def eventually(true, what: str) -> None:
 async def test_tokens_are_charged_at_the_door_and_given_back_when_not_used(keyed, redis_server):
     keyed.add("tokens", tokens_per_minute=1000)
     gate = asyncio.Event()
-    broken = wire.Failure(code="engine_failed", message="broken")
+    broken = wire.Failure(code="kv_mismatch", message="broken")  # which nobody tries again
     async with keyed.gateway() as running:
         (worker,) = await keyed.cluster.add(running, "decode-0")
         client = keyed.client(running, "tokens")
