@@ -50,7 +50,7 @@ class Seating:
 
     async def take(self, waiting: Waiting, last_busy: str) -> Seat:
         """Raises Refused."""
-        return await self.queue.take(waiting, refusal=lambda: self.refusal(last_busy))
+        return await self.queue.take(waiting, refusal=lambda: self._out_of_time(waiting, last_busy))
 
     def unseat(self, seat: Seat) -> None:
         for charge in seat.charges.values():
@@ -60,6 +60,13 @@ class Seating:
         """The first token of one that was predicted, `measured_s` after it came in line."""
         if waiting.raw_s is not None:
             self.correction.see(waiting.raw_s, measured_s)
+
+    def _out_of_time(self, waiting: Waiting, last_busy: str) -> Refused:
+        now = time.monotonic()
+        alone_s = admission.empty_s(self._fleet.speeds(now, self._targets[waiting.tier].itl_s), waiting.tokens)
+        # It counts as well: else only those that came in time would, and the forecast would stay too bright.
+        self.saw(waiting, now - waiting.entered + (alone_s or 0.0))
+        return self.refusal(last_busy)
 
     def answered(self, tier: str, tenant: str, tokens: int) -> None:
         self._fleet.answered(tokens)
@@ -155,6 +162,8 @@ class Seating:
         target_s = self._target_s(waiting, speeds)
         if admission.feasible(expected_s=expected_s, target=target_s, waits=waits, idle=speeds.idle):
             return
+        if left_s is not None:
+            self.saw(waiting, now - waiting.entered + left_s)  # as above
         raise DeadlineInfeasible(
             f"the first token would come after {expected_s:.1f} s, and its target is {target_s:.1f} s",
             retry_after_s=self.retry_after_s(waiting.tokens, expected_s - target_s),
