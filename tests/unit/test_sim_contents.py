@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.worker.sim.blocks import BlockPool
@@ -75,7 +75,6 @@ def test_contents_stay_what_they_were() -> None:
 
 
 @pytest.mark.parametrize("kind", ["slices", "digests"])
-@settings(deadline=None)
 @given(prompt=tokens, cuts=st.sets(st.integers(1, 39)))
 def test_chunks_leave_the_same_bytes(kind: str, prompt: list[int], cuts: set[int]) -> None:
     whole, chunked = make(kind), make(kind)
