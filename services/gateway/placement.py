@@ -16,8 +16,8 @@ from random import Random
 AHEAD_S = 0.05  # far above the way from "done" here to the next prompt there, far below any target
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
-TIE = 0.1  # predictions this close, as a share, say the same
-TIE_S = 0.001
+TIE = 0.1  # predictions this close, as a share, say the same;
+TIE_S = 0.02  # and so do those that no reader could tell apart: then load decides, or one worker would have it all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

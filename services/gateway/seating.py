@@ -6,6 +6,7 @@ Invariants: what is placed is charged in the same step; a prompt that could star
 
 import asyncio
 import time
+from dataclasses import replace
 from random import Random
 
 from services.gateway import admission
@@ -37,6 +38,8 @@ class Seating:
             )
             for tier, target in self._targets.items()
         }
+        # What a client reads already goes on, even if it reads a little slower.
+        self._urgent_rules = replace(self._rules["default"], itl_s=float("inf"))
         self._random = Random()  # noqa: S311 - breaks ties between workers
         self._appointments = Appointments()
         self._timer: asyncio.TimerHandle | None = None
@@ -121,7 +124,7 @@ class Seating:
     def _seat(self, waiting: Waiting) -> Seat | None:
         now, fleet = time.monotonic(), self._fleet
         avoid = {worker for worker, beats in waiting.avoid.items() if fleet.beats(worker) == beats}
-        rules = self._rules[waiting.tier]
+        rules = self._urgent_rules if waiting.urgent else self._rules[waiting.tier]
         placement = place(fleet.pools(), waiting.wish, rules, avoid=avoid, random=self._random, now=now)
         if placement is None:
             self._wake_later(now)

@@ -97,6 +97,12 @@ def choose(
             ("p", "e", "split"),
         ),
         ([P, candidate("d", "decode", load=0.5), candidate("e", "decode", load=0.1)], {}, ("p", "e", "split")),
+        # A few milliseconds are no reason to give one worker everything.
+        (
+            [P, candidate("d", "decode", load=0.5, load_s=0.001), candidate("e", "decode", load=0.1, load_s=0.015)],
+            {},
+            ("p", "e", "split"),
+        ),
         ([P, candidate("d", "decode", load=0.5, step_s=0.2)], {}, None),
         ([P, candidate("d", "decode", load=0.5, step_s=0.2)], {"itl_s": 0.2}, ("p", "d", "split")),
         ([P, candidate("d", "decode", **BUSY, kv_free=1199)], {"output": 200}, None),
