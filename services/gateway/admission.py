@@ -93,7 +93,7 @@ def feasible(*, expected_s: float, target: float, waits: bool, idle: bool) -> bo
 
 
 class Correction:
-    """What predictions turned out to be worth: measured = fixed + ratio * predicted, of late."""
+    """What one kind of prediction turned out to be worth: measured = fixed + ratio * predicted, of late."""
 
     def __init__(self) -> None:
         self._line = Line(proportional=True)

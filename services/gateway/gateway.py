@@ -93,7 +93,7 @@ class Gateway:
             active=lambda: len(self.journeys),
             queued=lambda: len(self.queue),
             queued_tokens=lambda: self.queue.tokens,
-            correction=lambda: self.seating.correction.ratio,
+            promise_ratio=lambda: self.seating.promise_ratio,
             workers=self.fleet.states,
             dropped=lambda: bus.bad_messages + self.streams.bad_rows,
         )

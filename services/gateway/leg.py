@@ -82,7 +82,8 @@ class Leg:
             hits=hits,
         )
         self._entered = began  # when it came in line first
-        self._first: Waiting | None = None  # as it did
+        self._waiting: Waiting | None = None  # as it did last
+        self._promised_s: float | None = None  # time to first token
         self._tries = Tries()
         self._by_prompt = goes_on_by_prompt(load.sampling)
         self.first_token_at = 0.0
@@ -139,11 +140,12 @@ class Leg:
             avoid=tries.avoid,
             since=self._began,
             entered=self._entered,
-            fresh=self._first is None,
+            fresh=self._waiting is None,
         )
-        self._first = self._first or waiting
+        self._waiting = waiting
         seat = await self._gateway.seating.take(waiting, tries.last_busy)
-        self._receipt.placed(seat.placement, self._first.expected_s)
+        self._promised_s = self._promised_s or waiting.expected_s
+        self._receipt.placed(seat.placement, self._promised_s)
         return seat
 
     # ---- 5 to 8: reserve, prefill, decode, stream ----------------------------------------------------------
@@ -247,8 +249,10 @@ class Leg:
         self.first_token_at = now
         self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
-        if self._first is not None and not self._tries.lost:
-            self._gateway.seating.saw(self._first, now - self._first.entered)
+        if self._waiting is not None and not self._tries.lost:
+            self._gateway.seating.saw(self._waiting, now)
+            if self._promised_s is not None:
+                self._gateway.seating.kept(self._promised_s, now - self._began)
 
     # ---- what next, when an attempt did not end well -------------------------------------------------------
 

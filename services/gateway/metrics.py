@@ -61,7 +61,7 @@ class Metrics:
         active: Callable[[], int],
         queued: Callable[[], int],
         queued_tokens: Callable[[], int],
-        correction: Callable[[], float],
+        promise_ratio: Callable[[], float],
         workers: Callable[[], dict[tuple[str, str], int]],
         dropped: Callable[[], int],
     ) -> None:
@@ -75,7 +75,7 @@ class Metrics:
             "baton_ttft_prediction_ratio",
             "Measured over predicted time to first token, of late",
             registry=self.registry,
-        ).set_function(correction)
+        ).set_function(promise_ratio)
         Gauge("baton_bad_messages", "Messages that could not be used", registry=self.registry).set_function(dropped)
         self.registry.register(_Workers(workers))
         watch_process(self.registry)

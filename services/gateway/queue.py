@@ -33,8 +33,11 @@ class Waiting(Entry):
     since: float  # when its request came; its target counts from there
     entered: float  # when it came here
     fresh: bool = True  # it has had no seat yet
-    raw_s: float | None = None  # the first prediction of its time to first token, from `entered`, uncorrected
-    expected_s: float | None = None  # the same from `since`, corrected
+    # Predictions as they come from the workers' figures, before what was measured has corrected them:
+    wait_s: float | None = None  # from `entered` to its seat; None: it got one at once, or nothing is known
+    left_s: float | None = None  # from its seat to the first token
+    seated: float = 0.0  # when it got one
+    expected_s: float | None = None  # what its time to first token, from `since`, was first expected to be
     seat: asyncio.Future[Seat] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 

@@ -43,7 +43,7 @@ class Seating:
         self._random = Random()  # noqa: S311 - breaks ties between workers
         self._appointments = Appointments()
         self._timer: asyncio.TimerHandle | None = None
-        self.correction = Correction()
+        self._waits, self._services, self._promises = Correction(), Correction(), Correction()
         self.queue = Queue(
             {tier: getattr(settings.tier_weights, tier) for tier in TIERS},
             seat=self._seat,
@@ -59,17 +59,28 @@ class Seating:
         for charge in seat.charges.values():
             self._fleet.settle(charge)
 
-    def saw(self, waiting: Waiting, measured_s: float) -> None:
-        """The first token of one that was predicted, `measured_s` after it came in line."""
-        if waiting.raw_s is not None:
-            self.correction.see(waiting.raw_s, measured_s)
+    def saw(self, waiting: Waiting, first_token_at: float) -> None:
+        """The first token has come from the workers that it was seated with."""
+        if waiting.left_s is not None:
+            self._services.see(waiting.left_s, first_token_at - waiting.seated)
+
+    def kept(self, promised_s: float, measured_s: float) -> None:
+        """What a request was told of its time to first token, and what it was."""
+        self._promises.see(promised_s, measured_s)
+
+    @property
+    def promise_ratio(self) -> float:
+        """Measured over promised time to first token, of late."""
+        return self._promises.ratio
 
     def _out_of_time(self, waiting: Waiting, last_busy: str) -> Refused:
-        now = time.monotonic()
-        alone_s = admission.empty_s(self._fleet.speeds(now, self._targets[waiting.tier].itl_s), waiting.tokens)
-        # It counts as well: else only those that came in time would, and the forecast would stay too bright.
-        self.saw(waiting, now - waiting.entered + (alone_s or 0.0))
+        self._waited(waiting, time.monotonic())
         return self.refusal(last_busy)
+
+    def _waited(self, waiting: Waiting, now: float) -> None:
+        """Also who waited in vain: if only those did that came in time, the forecast would stay too bright."""
+        if waiting.wait_s is not None:
+            self._waits.see(waiting.wait_s, now - waiting.entered)
 
     def answered(self, tier: str, tenant: str, tokens: int) -> None:
         self._fleet.answered(tokens)
@@ -110,16 +121,23 @@ class Seating:
         latest = waiting.entered + self._queue_s
         speeds = self._fleet.speeds(now, self._targets[waiting.tier].itl_s)
         alone_s = admission.empty_s(speeds, waiting.tokens)
-        if alone_s is not None and waiting.fresh:
-            elsewhere = self._fleet.lines_elsewhere(now)
-            # Other gateways' lines are served side by side with this one.
-            requests = ahead.requests + min(elsewhere[0], ahead.requests + 1)
-            tokens = ahead.tokens + min(elsewhere[1], ahead.tokens + waiting.tokens)
-            self._predict(waiting, admission.wait_s(speeds, requests, tokens) + alone_s)
-            self._check(waiting, speeds, now, waits=len(self.queue) > 1)
-        if alone_s is not None and not waiting.urgent and self._refuses:
-            latest = min(latest, waiting.since + self._target_s(waiting, speeds) - self.correction(alone_s))
+        if alone_s is not None:
+            service_s = self._services(alone_s)
+            if waiting.fresh:
+                waiting.wait_s = self._wait_s(waiting, ahead, speeds, now)
+                self._check(waiting, speeds, self._waits(waiting.wait_s) + service_s, now)
+            if not waiting.urgent and self._refuses:
+                latest = min(latest, waiting.since + self._target_s(waiting, speeds) - service_s)
         return asyncio.get_running_loop().time() + max(0.0, latest - now)
+
+    def _wait_s(self, waiting: Waiting, ahead: Ahead, speeds: Speeds, now: float) -> float:
+        """Other gateways' lines are served side by side with this one."""
+        requests, tokens = self._fleet.lines_elsewhere(now)
+        return admission.wait_s(
+            speeds,
+            ahead.requests + min(requests, ahead.requests + 1),
+            ahead.tokens + min(tokens, ahead.tokens + waiting.tokens),
+        )
 
     def _seat(self, waiting: Waiting) -> Seat | None:
         now, fleet = time.monotonic(), self._fleet
@@ -129,9 +147,12 @@ class Seating:
         if placement is None:
             self._wake_later(now)
             return None
+        self._waited(waiting, now)
         if placement.predicted_ttft_s is not None:
-            self._judge(waiting, placement.predicted_ttft_s, now)
-        waiting.fresh = False
+            # Its turn has come: is there still time?
+            speeds = fleet.speeds(now, self._targets[waiting.tier].itl_s)
+            self._check(waiting, speeds, self._services(placement.predicted_ttft_s), now)
+        waiting.fresh, waiting.left_s, waiting.seated = False, placement.predicted_ttft_s, now
         return Seat(placement, self._charges(placement, waiting.tokens, now))
 
     def _charges(self, placement: Placement, tokens: int, now: float) -> dict[str, Charge]:
@@ -143,30 +164,16 @@ class Seating:
 
     # ---- targets -------------------------------------------------------------------------------------------
 
-    def _predict(self, waiting: Waiting, raw_s: float) -> None:
-        """The first prediction stands: it is what the client was promised."""
-        if waiting.raw_s is None:
-            waiting.raw_s = raw_s
-            waiting.expected_s = waiting.entered - waiting.since + self.correction(raw_s)
-
-    def _judge(self, waiting: Waiting, left_s: float, now: float) -> None:
-        """Its turn has come: is there still time? Raises DeadlineInfeasible."""
-        self._predict(waiting, left_s)
-        speeds = self._fleet.speeds(now, self._targets[waiting.tier].itl_s)
-        self._check(waiting, speeds, now, waits=len(self.queue) > 1, left_s=left_s)
-
-    def _check(self, waiting: Waiting, speeds: Speeds, now: float, *, waits: bool, left_s: float | None = None) -> None:
-        """`left_s`: predicted from now; None: what was predicted at first."""
+    def _check(self, waiting: Waiting, speeds: Speeds, left_s: float, now: float) -> None:
+        """`left_s`: predicted from now, corrected. Raises DeadlineInfeasible."""
+        expected_s = now - waiting.since + left_s
+        if waiting.expected_s is None:
+            waiting.expected_s = expected_s  # the first one stands: it is what the client was promised
         if waiting.urgent or not self._refuses:
             return
-        expected_s = waiting.expected_s or 0.0
-        if left_s is not None:
-            expected_s = now - waiting.since + self.correction(left_s)
         target_s = self._target_s(waiting, speeds)
-        if admission.feasible(expected_s=expected_s, target=target_s, waits=waits, idle=speeds.idle):
+        if admission.feasible(expected_s=expected_s, target=target_s, waits=len(self.queue) > 1, idle=speeds.idle):
             return
-        if left_s is not None:
-            self.saw(waiting, now - waiting.entered + left_s)  # as above
         raise DeadlineInfeasible(
             f"the first token would come after {expected_s:.1f} s, and its target is {target_s:.1f} s",
             retry_after_s=self.retry_after_s(waiting.tokens, expected_s - target_s),
@@ -174,7 +181,7 @@ class Seating:
 
     def _target_s(self, waiting: Waiting, speeds: Speeds) -> float:
         alone_s = admission.empty_s(speeds, waiting.tokens)
-        return admission.target_s(self._targets[waiting.tier].ttft_s, self.correction(alone_s or 0.0))
+        return admission.target_s(self._targets[waiting.tier].ttft_s, self._services(alone_s or 0.0))
 
     def _wake_later(self, now: float) -> None:
         """A worker has less than AHEAD_S of work left before anything is heard of it."""
