@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
-AHEAD_S = 0.05  # far above the way from "done" here to the next prompt there, far below any target
+AHEAD_S = 0.015  # above the way from "done" here to the next prompt there; who comes next waits that long at most
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same;

@@ -76,7 +76,7 @@ def choose(
         (
             [
                 candidate("slow", "prefill", token_s=0.01, begins_at=NOW),
-                candidate("fast", "prefill", token_s=0.001, begins_at=NOW + 0.04),
+                candidate("fast", "prefill", token_s=0.001, begins_at=NOW + 0.01),
                 D,
             ],
             {},
@@ -147,9 +147,9 @@ def test_table(candidates, wish, expected):
 
 
 def test_prediction():
-    prefill = candidate("p", "prefill", token_s=0.001, prompt_s=0.2, begins_at=NOW + 0.04)
+    prefill = candidate("p", "prefill", token_s=0.001, prompt_s=0.2, begins_at=NOW + 0.01)
     decode = candidate("d", "decode", load_s=0.01, load_token_s=0.0001, step_s=0.02, load=0.1)
-    assert choose([prefill, decode], tokens=500).predicted_ttft_s == pytest.approx(0.04 + 0.2 + 0.5 + 0.01 + 0.05)
+    assert choose([prefill, decode], tokens=500).predicted_ttft_s == pytest.approx(0.01 + 0.2 + 0.5 + 0.01 + 0.05)
     # A sequence becomes free while the prompt is computed.
     later = candidate("d", "decode", sequence_s=2.0, load_s=0.01)
     assert choose([prefill, later], tokens=500).predicted_ttft_s == pytest.approx(2.01)
