@@ -1,7 +1,7 @@
 """Settings of every service: defaults < YAML file (BATON_CONFIG) < BATON_* variables; checked once, at start.
 
 One frozen type per service, built only in its `__main__.py` and passed to constructors. A key that no service knows
-is an error that names it. Fields in `SECRETS` are redacted when settings are shown.
+is an error that names it. Fields in `SECRETS` and `PASSWORDS` are redacted when settings are shown.
 """
 
 import os
@@ -73,6 +73,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     targets: Targets = Targets()  # e.g. {"default": {"ttft_s": 1.0}}
     tier_weights: Weights = Weights()
     keys: str = ""  # of clients: empty for none, a YAML file's path, or redis
+    tenant_secret: str = ""  # the salts of tenants' KV blocks are derived from it; the same in every gateway
     allow_anonymous: bool = False  # without keys: serve more than loopback
     max_body_bytes: Count = 4 * 1024 * 1024
     max_bodies_bytes: Count = 256 * 1024 * 1024  # of all bodies that are arriving or being checked
@@ -132,6 +133,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "kv": KvSettings,
 }
 SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
+PASSWORDS = frozenset({"tenant_secret"})  # are nothing else
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.
@@ -162,7 +164,8 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
 def shown(settings: CommonSettings) -> dict[str, Any]:
     """For the log and `baton config`: secrets redacted."""
     values = msgspec.structs.asdict(settings)
-    return {key: "***" if key in SECRETS and "@" in str(value) else value for key, value in values.items()}
+    hidden = {key for key in SECRETS if "@" in str(values.get(key))} | {key for key in PASSWORDS if values.get(key)}
+    return {key: "***" if key in hidden else value for key, value in values.items()}
 
 
 def served_name(model: str, given: str) -> str:

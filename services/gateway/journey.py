@@ -152,7 +152,7 @@ class Journey:
             )
         )
         packed = [wire.pack_tokens(tokens) for tokens in named.values()]
-        hits = [await gateway.prefixes.hits(tokens) for tokens in packed]
+        hits = [await gateway.prefixes.hits(tokens, self._client.salt(settings.tenant_secret)) for tokens in packed]
         return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, hits=hits)
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
@@ -213,6 +213,7 @@ class Journey:
                 packed=packed,
                 sampling=body.sampling(max(1, limit)),
                 first_choice=index * (body.n or 1),
+                salt=self._client.salt(self._gateway.settings.tenant_secret),
             )
             for index, (prompt, packed, limit) in enumerate(zip(asked.prompts, asked.packed, asked.limits, strict=True))
         ]

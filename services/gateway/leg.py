@@ -199,6 +199,7 @@ class Leg:
             timeout_s=self._left_s(),
             handoff_s=gateway.settings.handoff_s,
             replay=list(load.replay) if forces else [],
+            salt=load.salt,
         )
         seat.charges[worker].sent = True
         subject = subjects.decode(gateway.settings.cluster, worker)
@@ -227,6 +228,7 @@ class Leg:
             lease=accepted.lease,
             node=accepted.node,
             timeout_s=self._left_s(),
+            salt=self._load.salt,
         )
         return Prefilling(self._gateway, seat, job, stream, receipt)
 

@@ -29,6 +29,7 @@ class Load:
     packed: bytes
     sampling: wire.Sampling
     first_choice: int  # the number of its first choice in the client's answer
+    salt: bytes = b""  # of the tenant's KV blocks
     replay: Sequence[bytes] = ()  # packed ids with which each choice begins; empty: nothing is repeated
 
     def after(self, sent: list[int], replay: Sequence[bytes]) -> Self:

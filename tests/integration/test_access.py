@@ -83,6 +83,24 @@ async def test_the_official_client_learns_what_is_wrong(keyed):
         await assert_nothing_left(running)
 
 
+async def test_tenants_share_no_kv_blocks(keyed):
+    keyed.add("one", tenant="a")
+    keyed.add("two", tenant="a")
+    keyed.add("three", tenant="b")
+    async with keyed.gateway(arrangement="split") as running:
+        prefill, decode = await keyed.cluster.add(running, "prefill-0", "decode-0")
+        for name in ("one", "two", "three"):
+            await ask(keyed.client(running, name))
+        one, two, three = (job.salt for job in decode.jobs)
+        assert one == two != three
+        assert len(one) == 16
+        assert [job.salt for job in prefill.jobs] == [one, two, three]
+    async with keyed.gateway(tenant_secret="of the cluster") as running:  # noqa: S106
+        (decode,) = await keyed.cluster.add(running, "decode-1")
+        await ask(keyed.client(running, "one"))
+        assert decode.jobs[0].salt not in {one, three, b""}
+
+
 async def test_no_body_is_read_of_a_stranger(keyed):
     async with keyed.gateway() as running, asyncio.timeout(WAIT_S):
         await keyed.cluster.add(running, "decode-0")  # by then the server listens

@@ -1,10 +1,14 @@
 """Who asks: what a request carries of its key, from the edge to its end. Never the key itself."""
 
+import hmac
 from dataclasses import dataclass
 
 from services.gateway.access.buckets import Amount
 from shared.access.key import TIERS, Key
 from shared.errors import ModelNotFound, TierNotAllowed
+
+SALT_BYTES = 16
+NO_SECRET = b"baton"  # salts differ all the same, and no client can name a block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,12 @@ class Client:
 
     def sees(self, model: str) -> bool:
         return not self.models or model in self.models
+
+    def salt(self, secret: str) -> bytes:
+        """Of its tenant's KV blocks: tenants neither find nor time each other's. Without keys there is none."""
+        if self is ANONYMOUS:
+            return b""
+        return hmac.digest(secret.encode() or NO_SECRET, self.tenant.encode(), "sha256")[:SALT_BYTES]
 
     def check(self, *, model: str, tier: str) -> None:
         """Raises ModelNotFound, as for a model that nobody has, or TierNotAllowed."""
