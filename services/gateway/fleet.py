@@ -104,9 +104,10 @@ class Fleet:
     def report(self, worker: str, backlog: wire.Backlog, now: float) -> None:
         """A reply or batch tells the load more freshly than the last beat."""
         known = self._workers.get(worker)
-        if known is not None:
-            known.backlog, known.backlog_at = backlog, now
-            self._unread.add(worker)
+        if known is None or (backlog == known.backlog and not backlog.queued_prompts):
+            return  # nothing new, which is what most batches say
+        known.backlog, known.backlog_at = backlog, now
+        self._unread.add(worker)
 
     def answered(self, tokens: int) -> None:
         """An answer of so many tokens has ended."""

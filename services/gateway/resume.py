@@ -82,8 +82,8 @@ class Sent:
     def take(self, rows: list[Row]) -> list[Row]:
         """Note the rows on their way to the client; returns them without what it has already. Raises ResumeInexact."""
         self.has_begun = True
-        taken = (self._choices[row.choice - self._first].take(row) for row in rows)
-        return [row for row in taken if row is not None]
+        choices, first = self._choices, self._first
+        return [new for row in rows if (new := choices[row.choice - first].take(row)) is not None]
 
     def resume(self, *, by_prompt: bool, forces: bool) -> tuple[list[int], list[bytes]]:
         """The tokens for the next attempt's prompt, and its replay: what the attempt will repeat.
