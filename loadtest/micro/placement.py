@@ -47,6 +47,7 @@ def fleet(size: int, busy: float, dice: random.Random) -> Pools:
             Candidate(
                 id=f"prefill-{number}",
                 takes=frozenset({"prefill"}),
+                tokens_until=NOW + (1.0 if full else 0.0),
                 begins_at=NOW + (1.0 if full else 0.0),
                 load=dice.random(),
                 **speeds,

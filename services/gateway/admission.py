@@ -75,8 +75,10 @@ def wait_s(speeds: Speeds, requests: int, tokens: float) -> float:
     """How long one waits that has these before it: for prompts to be computed, or for sequences to end."""
     prefill_s = decode_s = 0.0
     if speeds.prefill_tokens_per_s:
-        overhead_s = requests * speeds.prompt_s / max(1, speeds.prefillers)
-        prefill_s = speeds.backlog_s + tokens / speeds.prefill_tokens_per_s + overhead_s
+        compute_s = tokens / speeds.prefill_tokens_per_s
+        # Steps are filled until their tokens take as long as a step by itself (placement.py).
+        steps = min(requests / max(1, speeds.prefillers), compute_s / (speeds.prompt_s or 1.0) + 1)
+        prefill_s = speeds.backlog_s + compute_s + steps * speeds.prompt_s
     missing = requests + 1 - speeds.free_sequences
     if missing > 0 and speeds.requests_per_s:
         decode_s = missing / speeds.requests_per_s

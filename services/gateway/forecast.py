@@ -27,9 +27,11 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
     beat, backlog = heard.beat, heard.backlog
     jobs = backlog.running + backlog.waiting + heard.jobs
     prompt_s, token_s = beat.prefill_prompt_s, 1 / beat.prefill_tokens_per_s if beat.prefill_tokens_per_s else 0.0
-    begins_at = heard.backlog_at + backlog.queued_prompts * prompt_s + backlog.queued_tokens * token_s
+    tokens_until = heard.backlog_at + backlog.queued_tokens * token_s
     if heard.prompts:
-        begins_at = max(begins_at, heard.sent_at) + heard.prompts * prompt_s + heard.tokens * token_s
+        tokens_until = max(tokens_until, heard.sent_at) + heard.tokens * token_s
+    # Those that wait are computed in one step: what a step costs by itself counts for it and for the one in work.
+    steps = min(2, backlog.queued_prompts + heard.prompts)
     over = jobs + 1 - beat.max_running if beat.max_running else 0
     step_s = beat.decode_step_s + beat.decode_sequence_s * max(0, jobs + 1 - backlog.running)
     return Candidate(
@@ -39,7 +41,8 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
         fingerprint=beat.fingerprint,
         has_room=beat.max_running == 0 or jobs < beat.max_running + beat.max_waiting,
         load=jobs / (beat.max_running or 1),
-        begins_at=begins_at,
+        tokens_until=tokens_until,
+        begins_at=tokens_until + steps * prompt_s,
         prompt_s=prompt_s,
         token_s=token_s,
         sequence_s=over * expected_output * step_s / beat.max_running if over > 0 else 0.0,

@@ -1,11 +1,13 @@
 """Which workers take a request: pure, from a snapshot of the fleet, by the predicted time to its first token.
 
 `split` sends every request through prefill while a prefill worker lives, `unsplit` never, `auto` takes what is sooner
-and keeps a prompt off a decode worker whose streams it would hold up beyond their target. Requests wait at the gateway
-and are bound late: a worker gets its next prompt when it has less than AHEAD_S of work, its next sequence when there is
-room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices", Mitzenmacher
-2001): gateways that know the same do not all choose the same. Invariant: prefill and decode of one request have the
-same fingerprint, or one of them has not said.
+and keeps a prompt off a decode worker whose streams it would hold up beyond their target.
+
+Requests wait at the gateway and are bound late. A worker gets its next prompt when the tokens that it has take less
+than AHEAD_S and what a step costs by itself, so that its steps are as full as pays and no fuller; its next sequence
+when there is room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices",
+Mitzenmacher 2001): gateways that know the same do not all choose the same. Invariant: prefill and decode of one
+request have the same fingerprint, or one of them has not said.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
-AHEAD_S = 0.015  # above the way from "done" here to the next prompt there; who comes next waits that long at most
+AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same;
@@ -33,9 +35,10 @@ class Candidate:
     fingerprint: str = ""
     has_room: bool = True  # for another job
     load: float = 0.0  # share of its sequences that have a job
-    begins_at: float = 0.0  # when it should have computed the prompts that it has
-    prompt_s: float = 0.0  # what a prompt takes,
-    token_s: float = 0.0  # and each of its tokens more
+    tokens_until: float = 0.0  # when it should have computed the tokens that it has,
+    begins_at: float = 0.0  # with what its steps cost by themselves
+    prompt_s: float = 0.0  # what a step takes by itself,
+    token_s: float = 0.0  # and each token in it more
     sequence_s: float = 0.0  # until a sequence is free
     step_s: float = 0.0  # of a decode step with one sequence more; 0: nothing else runs
     load_s: float = 0.0  # from a hand-off to the first token,
@@ -266,7 +269,7 @@ class _Choice:
         ahead_s = one.begins_at - self.now
         if ahead_s <= 0:
             return self._prompt_s(one)
-        if ahead_s >= AHEAD_S and self.rules.strategy == "predicted":
+        if one.tokens_until - self.now >= AHEAD_S + one.prompt_s and self.rules.strategy == "predicted":
             return inf
         return ahead_s + self._prompt_s(one)
 

@@ -184,12 +184,12 @@ class Seating:
         return admission.target_s(self._targets[waiting.tier].ttft_s, self._services(alone_s or 0.0))
 
     def _wake_later(self, now: float) -> None:
-        """A worker has less than AHEAD_S of work left before anything is heard of it."""
+        """A worker takes its next prompt before anything is heard of it."""
         if self._timer is not None:
             return
         pools = self._fleet.pools()
-        begins = [one.begins_at for work in self._works for one in pools.with_room(work)]
-        in_s = min((at for at in begins if at - now >= AHEAD_S), default=now) - now - AHEAD_S
+        takes = [one.tokens_until - one.prompt_s - AHEAD_S for work in self._works for one in pools.with_room(work)]
+        in_s = min((at for at in takes if at >= now), default=-1.0) - now
         if in_s >= 0:
             self._timer = asyncio.get_running_loop().call_later(max(in_s, LEAST_WAKE_S), self._wake)
 

@@ -1,7 +1,7 @@
 """Measured speeds of one worker: placement and admission predict with them.
 
-Invariants: time is an argument; nothing is said before enough has been seen; what a prompt costs is what it adds to
-the time until all that came before it is done, so that the sum over a backlog is the time that the backlog takes.
+Invariants: time is an argument; nothing is said before enough has been seen. What is measured is a step of prompts:
+those that are done in the same moment were computed together, and share what a step costs whatever is in it.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from shared.line import Line
 
 Key = tuple[str, int]  # request, attempt
+
+TOGETHER = 0.25  # prompts done within this share of their step's time come from one step
 
 
 @dataclass(slots=True)
@@ -19,23 +21,33 @@ class _Prompt:
 
 @dataclass(slots=True)
 class Prompts:
-    """The prompts that this worker has accepted and not yet computed, and what one costs."""
+    """The prompts that this worker has accepted and not yet computed, and what a step of them costs."""
 
     line: Line = field(default_factory=lambda: Line(proportional=True))
     _open: dict[Key, _Prompt] = field(default_factory=dict)
-    _last_s: float = 0.0  # when the last one was done
+    _last_s: float = 0.0  # when the last step was done,
+    _step_s: float = 0.0  # what it took,
+    _step_tokens: int = 0  # and what it has computed, as far as that is known
 
     def begin(self, key: Key, tokens: int, now_s: float) -> None:
         self._open[key] = _Prompt(tokens, now_s)
 
     def done(self, key: Key, computed: int, now_s: float) -> None:
-        """It is computed; `computed` tokens of it were not cached. Prompts in one step share its time by order."""
+        """It is computed; `computed` tokens of it were not cached."""
         prompt = self._open.pop(key, None)
-        if prompt is None:
+        if prompt is None or computed <= 1:
             return
-        if computed > 1:
-            self.line.see(computed, max(0.0, now_s - max(prompt.begun_s, self._last_s)))
-        self._last_s = now_s
+        if now_s - self._last_s > TOGETHER * self._step_s:
+            self._close()
+            self._step_s, self._step_tokens = now_s - max(prompt.begun_s, self._last_s), 0
+            self._last_s = now_s
+        self._step_tokens += computed
+
+    def _close(self) -> None:
+        """The last step has no more prompts to come."""
+        if self._step_tokens:
+            self.line.see(self._step_tokens, self._step_s)
+        self._step_tokens = 0
 
     def drop(self, key: Key) -> None:
         """It ended in another way, or it is done already."""
@@ -54,7 +66,7 @@ class Prompts:
 
     def forget(self) -> None:
         """What was measured so far was no work."""
-        self.line = Line(proportional=True)
+        self.line, self._step_tokens = Line(proportional=True), 0
 
 
 @dataclass(slots=True)

@@ -17,6 +17,13 @@ def candidate(id: str, *takes: str, **values) -> Candidate:  # noqa: A002
 
 P, D = candidate("p", "prefill"), candidate("d", "decode")
 FAST = {"token_s": 0.001, "begins_at": NOW}
+
+
+def later(seconds: float) -> dict[str, float]:
+    """Of one that has so much to compute."""
+    return {"tokens_until": NOW + seconds, "begins_at": NOW + seconds}
+
+
 BUSY = {"load": 0.5, "step_s": 0.02}
 
 
@@ -82,8 +89,9 @@ def choose(
             {},
             ("fast", "d", "split"),
         ),
-        # Bound late: one that has work for longer is not given more.
-        ([candidate("p", "prefill", token_s=0.001, begins_at=NOW + 2 * AHEAD_S), D], {}, None),
+        # Bound late: one whose tokens take longer than a step by itself is not given more.
+        ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S)), D], {}, None),
+        ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S), prompt_s=2 * AHEAD_S), D], {}, ("p", "d", "split")),
         # A node that holds the prefix has less to compute.
         (
             [candidate("p", "prefill", node="a", **FAST), candidate("q", "prefill", node="b", **FAST), D],
@@ -132,7 +140,7 @@ def choose(
         # By load alone.
         (
             [
-                candidate("slow", "prefill", token_s=0.1, begins_at=NOW + 9, load=0.1),
+                candidate("slow", "prefill", token_s=0.1, **later(9), load=0.1),
                 candidate("fast", "prefill", **FAST, load=0.2),
                 D,
             ],
@@ -163,7 +171,7 @@ def test_near_ties_are_spread():
 
 
 def test_many_full_workers_hide_nobody():
-    full = [candidate(f"f{number}", "prefill", token_s=0.001, begins_at=NOW + 1) for number in range(500)]
+    full = [candidate(f"f{number}", "prefill", token_s=0.001, **later(1)) for number in range(500)]
     for seed in range(20):
         assert choose([*full, P, D], seed=seed).prefill == "p"
 
@@ -184,7 +192,7 @@ def test_another_prefiller_of_the_same_shape():
     pools = Pools(
         [
             candidate("p", "prefill", fingerprint="1", **FAST),
-            candidate("q", "prefill", fingerprint="2", token_s=0.001, begins_at=NOW + 9),
+            candidate("q", "prefill", fingerprint="2", token_s=0.001, **later(9)),
             candidate("d", "decode", fingerprint="2"),
         ]
     )

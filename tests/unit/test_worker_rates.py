@@ -59,11 +59,25 @@ def test_a_prompt_costs_what_it_adds():
     assert fixed + 1000 * slope == pytest.approx(0.1, rel=0.01)
 
 
+def test_prompts_of_one_step_share_its_cost():
+    """A step takes 50 ms and 0.1 ms a token, whatever number of prompts is in it."""
+    prompts = Prompts()
+    for turn in range(60):
+        start, count = turn * 10.0, 1 + turn % 4
+        for number in range(count):
+            prompts.begin((f"{turn}-{number}", 0), 400, start)
+        for number in range(count):
+            prompts.done((f"{turn}-{number}", 0), 400, start + 0.05 + 400 * count * 1e-4 + number * 1e-4)
+    fixed, slope = prompts.line.terms()
+    assert fixed == pytest.approx(0.05, rel=0.15)
+    assert slope == pytest.approx(1e-4, rel=0.15)
+
+
 def test_the_backlog_shrinks_while_its_first_is_computed():
     prompts = Prompts()
-    for turn in range(LEAST):
-        prompts.begin(("x", turn), 1000, float(turn))
-        prompts.done(("x", turn), 1000, turn + 1.0)  # a token a millisecond
+    for turn in range(LEAST + 1):
+        prompts.begin(("x", turn), 1000, 2.0 * turn)
+        prompts.done(("x", turn), 1000, 2.0 * turn + 1.0)  # a token a millisecond
     prompts.begin(("a", 0), 1000, 10.0)
     prompts.begin(("b", 0), 500, 10.1)
     assert prompts.backlog(10.0) == (2, 1500)
