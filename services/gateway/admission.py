@@ -13,6 +13,7 @@ from shared.errors import BatonError, ContextLengthExceeded, Draining, NoCapacit
 from shared.line import Line
 
 RETRY_WITHOUT_WORKERS_S = 5.0  # a worker needs longer to start, but clients should not stay away when it is there
+HEADROOM = 0.95  # of the tier's target is promised: predictions miss by a few percent both ways
 EMPTY = 1.5  # times its own prediction on an empty cluster: a target that anything may ask for
 LEAST_RETRY_S = 1.0
 MOST_RETRY_S = 60.0  # the official client waits no longer than that
@@ -86,7 +87,7 @@ def wait_s(speeds: Speeds, requests: int, tokens: float) -> float:
 
 
 def target_s(tier_s: float, on_empty_s: float) -> float:
-    return max(tier_s, EMPTY * on_empty_s)
+    return max(HEADROOM * tier_s, EMPTY * on_empty_s)
 
 
 def feasible(*, expected_s: float, target: float, waits: bool, idle: bool) -> bool:

@@ -87,7 +87,7 @@ def test_nothing_known_is_no_wait():
 
 
 def test_a_long_prompt_has_a_longer_target():
-    assert target_s(2.0, 0.1) == 2.0
+    assert target_s(2.0, 0.1) == 1.9
     assert target_s(2.0, 10.0) == 15.0
 
 
