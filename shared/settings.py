@@ -163,7 +163,7 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
 
 def shown(settings: CommonSettings) -> dict[str, Any]:
     """For the log and `baton config`: secrets redacted."""
-    values = msgspec.structs.asdict(settings)
+    values: dict[str, Any] = msgspec.to_builtins(settings)
     hidden = {key for key in SECRETS if "@" in str(values.get(key))} | {key for key in PASSWORDS if values.get(key)}
     return {key: "***" if key in hidden else value for key, value in values.items()}
 

@@ -138,9 +138,8 @@ async def test_it_gives_signs_of_life_while_idle(bench: Bench) -> None:
 async def test_speeds_are_measured(bench: Bench) -> None:
     await bench.say(bench.writer, prompt_of(100, 77), greedy(8))
     load = bench.writer.load()
-    assert load.prefill_tokens_per_s > 0
     assert load.decode_step_s > 0
-    assert load.computed_prompt_tokens > 100
+    assert load.computed_prompt_tokens >= 100
 
 
 # ---- the engine's own cache ------------------------------------------------------------------------------------------
