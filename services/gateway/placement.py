@@ -231,21 +231,23 @@ class _Choice:
         )
 
     def _pair(self, prefill: Candidate, reason: str) -> Placement | None:
-        prefill_s, tokens = self._prefill_s(prefill), self.wish.tokens
+        prefill_s = self._prefill_s(prefill)
 
-        def ttft_s(one: Candidate) -> float:
+        def begins_s(one: Candidate) -> float:
+            """Without the hand-off: one that was measured in a bad moment would never be asked, nor measured, again."""
             if not self._can_decode(one) or not _fit(prefill, one):
                 return inf
-            return max(prefill_s, one.sequence_s) + one.load_s + one.load_token_s * tokens
+            return max(prefill_s, one.sequence_s)
 
-        decode = _best(self._look(self.pools.with_room("decode"), ttft_s), self.random)
+        decode = _best(self._look(self.pools.with_room("decode"), begins_s), self.random)
         if decode is None:
             return None
+        ttft_s = begins_s(decode) + decode.load_s + decode.load_token_s * self.wish.tokens
         return Placement(
             decode=decode.id,
             prefill=prefill.id,
             reason=reason,
-            predicted_ttft_s=ttft_s(decode) if prefill.token_s else None,
+            predicted_ttft_s=ttft_s if prefill.token_s else None,
         )
 
     def _look(

@@ -105,9 +105,9 @@ def choose(
             ("p", "e", "split"),
         ),
         ([P, candidate("d", "decode", load=0.5), candidate("e", "decode", load=0.1)], {}, ("p", "e", "split")),
-        # A few milliseconds are no reason to give one worker everything.
+        # What a hand-off took when it was measured is no reason to give another worker everything.
         (
-            [P, candidate("d", "decode", load=0.5, load_s=0.001), candidate("e", "decode", load=0.1, load_s=0.015)],
+            [P, candidate("d", "decode", load=0.5, load_s=0.001), candidate("e", "decode", load=0.1, load_s=0.5)],
             {},
             ("p", "e", "split"),
         ),
