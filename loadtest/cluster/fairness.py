@@ -118,12 +118,9 @@ def _finish(args: argparse.Namespace, started_at: str, capacity: Capacity, bench
         ratio_p95=ratio,
         met=ratio is not None and ratio <= MOST_RATIO and not beside.refused and not beside.failed,
     )
-    path: Path = args.out / FILE
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
-    shown = args.out / PAGE
-    shown.write_text(page.render(report.page(found)), encoding="utf-8")
+    setup.write(found, args.out / FILE, page.render(report.page(found)), args.out / PAGE)
     print(report.text(found))
-    print(f"{path}\n{shown}")
+    print(f"{args.out / FILE}\n{args.out / PAGE}")
     return 0
 
 

@@ -10,7 +10,6 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
@@ -114,12 +113,9 @@ class _Bench:
             sides=sides,
             checks=checks(sides),
         )
-        path: Path = args.out / FILE
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
-        shown = args.out / PAGE
-        shown.write_text(page.render(report.page(found)), encoding="utf-8")
+        setup.write(found, args.out / FILE, page.render(report.page(found)), args.out / PAGE)
         print(report.text(found))
-        print(f"{path}\n{shown}")
+        print(f"{args.out / FILE}\n{args.out / PAGE}")
         return 0
 
 

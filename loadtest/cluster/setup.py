@@ -162,6 +162,12 @@ def command(name: str, work: Callable[[], int]) -> int:
         return 1
 
 
+def write(found: msgspec.Struct, file: Path, html: str, shown: Path) -> None:
+    """The result, and the page that shows it."""
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1))
+    shown.write_text(html, encoding="utf-8")
+
+
 def make_folder(out: Path) -> None:
     """Raises SettingsError."""
     try:

@@ -86,6 +86,7 @@ class Fleet:
         if beat.role == "gateway":
             if beat.id != self._gateway:
                 self._lines[beat.id] = (now, beat.backlog)
+                self._lines = {id_: line for id_, line in self._lines.items() if now - line[0] < QUIET_S}
             return
         if beat.role not in ("prefill", "decode") or (beat.model and beat.model != self._model):
             return

@@ -40,6 +40,7 @@ class Asked:
     prompts: list[Prompt]
     limits: list[int]  # how many tokens each may be answered with
     packed: list[bytes]
+    salt: bytes  # of the tenant's KV blocks
     hits: list[dict[str, int]]  # node -> leading tokens of each whose KV it holds
 
 
@@ -152,8 +153,9 @@ class Journey:
             )
         )
         packed = [wire.pack_tokens(tokens) for tokens in named.values()]
-        hits = [await gateway.prefixes.hits(tokens, self._client.salt(settings.tenant_secret)) for tokens in packed]
-        return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, hits=hits)
+        salt = self._client.salt(settings.tenant_secret)
+        hits = [await gateway.prefixes.hits(tokens, salt) for tokens in packed]
+        return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, salt=salt, hits=hits)
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
         """Every prompt as token ids, by the parameter that an error would name."""
@@ -213,7 +215,7 @@ class Journey:
                 packed=packed,
                 sampling=body.sampling(max(1, limit)),
                 first_choice=index * (body.n or 1),
-                salt=self._client.salt(self._gateway.settings.tenant_secret),
+                salt=asked.salt,
             )
             for index, (prompt, packed, limit) in enumerate(zip(asked.prompts, asked.packed, asked.limits, strict=True))
         ]

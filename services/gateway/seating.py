@@ -15,10 +15,10 @@ from services.gateway.fleet import Charge, Fleet
 from services.gateway.order import Ahead
 from services.gateway.placement import AHEAD_S, Placement, Rules, other_prefiller, place
 from services.gateway.queue import Queue, Seat, Waiting
+from shared.access.key import TIERS
 from shared.errors import DeadlineInfeasible, KvMemory, NoCapacity, Refused
 from shared.settings import GatewaySettings, Target
 
-TIERS = ("priority", "default", "flex")
 LEAST_WAKE_S = 0.001
 
 

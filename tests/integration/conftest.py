@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.gateway_cluster import Cluster
 from tests.support.nats import nats_server
+from tests.support.redis import RedisServer
 from tests.support.running_gateway import MODEL
 from tests.support.tiny_tokenizer import make_folder
 
@@ -17,6 +18,14 @@ def nats_url(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("models") / MODEL)
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -30,14 +30,6 @@ PROMPT = [1, 2, 3, 4]
 
 
 @pytest.fixture
-def redis_server(tmp_path):
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def keyed(cluster, tmp_path, redis_server):
     return Keyed(cluster, tmp_path / "keys.yaml", redis_server.url)
 

@@ -1,7 +1,6 @@
 """Prefix hits: what the index says reaches placement, and an index that is away costs nothing but hits."""
 
 import msgspec
-import pytest
 
 from services.gateway.prefixes import FIRST_KEYS
 from shared import wire
@@ -14,14 +13,6 @@ from tests.support.running_gateway import MODEL
 BLOCK = 4
 SHAPE = {"block_size": BLOCK, "fingerprint": "f", "prefill_tokens_per_s": 1000.0}
 PROMPT = [7 + number % 50 for number in range(4 * 3 * FIRST_KEYS)]  # more keys than are asked for at first
-
-
-@pytest.fixture
-def redis_server(tmp_path):
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
 
 
 async def holds(server: RedisServer, node: str, number: int, blocks: int) -> None:
