@@ -5,6 +5,7 @@ is an error that names it. Fields in `SECRETS` and `PASSWORDS` are redacted when
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,7 +27,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What every service has."""
 
     cluster: Name = "baton"
-    id: Name  # unique in the cluster, e.g. prefill-0
+    id: Name = msgspec.field(default_factory=lambda: socket.gethostname().partition(".")[0])  # unique in the cluster
     nats_url: str = "nats://127.0.0.1:4222"
     redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path
     probe_host: str = "127.0.0.1"  # /health /ready /metrics of this service
