@@ -278,7 +278,7 @@ class Heartbeat(Message, frozen=True):
     slots: dict[str, int] = {}  # from kv
 
 
-# ---- traces -------------------------------------------------------------------------------------------------
+# ---- traces and metrics -------------------------------------------------------------------------------------
 
 Attribute = str | bool | int | float | list[str]
 
@@ -349,6 +349,14 @@ class TraceSummary(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str = ""
 
 
+class MetricsAsked(Message, frozen=True):
+    """To any service, on {c}.metrics.{id}."""
+
+
+class MetricsText(Message, frozen=True):
+    text: str  # Prometheus's, with labels `service` and `instance`
+
+
 class TraceList(Message, frozen=True):
     traces: list[TraceSummary]
 
@@ -361,8 +369,19 @@ class TraceFound(Message, frozen=True):
     spans: list[SpanRecord] = []
 
 
-Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound
-Request = DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvRelease | KvStatsRequest | TracesAsked | TraceAsked
+Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound | MetricsText
+Request = (
+    DecodeJob
+    | PrefillJob
+    | Cancel
+    | Ping
+    | KvLookup
+    | KvRelease
+    | KvStatsRequest
+    | TracesAsked
+    | TraceAsked
+    | MetricsAsked
+)
 Broadcast = TokenBatch | Heartbeat | Spans | SpansWanted
 AnyMessage = Reply | Request | Broadcast
 

@@ -180,7 +180,9 @@ def _workers(
         values = {**given, "engine_args": engine_args, "cpu_cores": given.get("cpu_cores", core_list)}
         environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         if not is_sim:
-            environ["VLLM_RPC_BASE_PATH"] = place.run_folder  # a killed engine leaves its sockets: they go with the folder
+            environ["VLLM_RPC_BASE_PATH"] = (
+                place.run_folder
+            )  # a killed engine leaves its sockets: they go with the folder
         processes.append(_service(role, worker_id, values, programs, probe_port=port, environ=environ))
     return processes
 
