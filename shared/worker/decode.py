@@ -170,6 +170,8 @@ class _Run:
             load=load,
             save=not job.prefill,
             write=[] if job.prefill else [not committed for committed in found.committed],
+            keep=True,
+            salt=job.salt.hex(),
         )
 
     async def _generate(self, plan: KvPlan | None) -> None:
