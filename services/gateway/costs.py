@@ -27,7 +27,7 @@ class _Mark:
     requests: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Costs(Collector):
     prices: Prices
     per_hour: float = 0.0  # of the whole cluster
