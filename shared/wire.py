@@ -276,11 +276,21 @@ class Heartbeat(Message, frozen=True):
     format: int = FORMAT
     lost: list[str] = []  # from kv: workers whose socket has just closed
     slots: dict[str, int] = {}  # from kv
+    moved_bytes: dict[str, int] = {}  # from kv, since its start, by path
+
+
+class Traffic(Message, frozen=True):
+    """Once a second on {c}.traffic.{gateway}: what a gateway has counted since its start, so none needs to arrive."""
+
+    gateway: str
+    incarnation: str
+    up_s: float = 0.0  # since its start
+    counts: dict[str, dict[str, float]] = {}  # family -> label -> count, see services/gateway/dashboard/counts.py
 
 
 Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats
 Request = DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvRelease | KvStatsRequest
-Broadcast = TokenBatch | Heartbeat
+Broadcast = TokenBatch | Heartbeat | Traffic
 AnyMessage = Reply | Request | Broadcast
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from services.gateway.access.access import Access
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
+from services.gateway.dashboard.feed import Feed
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
@@ -78,6 +79,7 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
+        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -101,7 +103,9 @@ class Gateway:
     async def listen(self) -> None:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
         await self.bus.flush()
+        self.chores.start(self.dashboard.run())
 
     async def watch(self, incarnation: str, metrics_url: str) -> None:
         """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
@@ -283,6 +287,7 @@ class Gateway:
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
+            self.dashboard.hear(message, time.monotonic())
 
     def _on_batch(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
