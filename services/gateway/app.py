@@ -22,6 +22,7 @@ from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.journey import Journey
+from services.gateway.traces.routes import add_routes
 from shared.errors import BatonError, RequestError
 from shared.version import VERSION
 
@@ -107,6 +108,7 @@ def rest(gateway: Gateway) -> FastAPI:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     dashboard.add_routes(app, gateway.dashboard, gateway.access)
+    add_routes(app, gateway.traces)
     _document_hot_routes(app)
     document.describe(app, gateway.model)
     app.add_exception_handler(BatonError, _baton_error)

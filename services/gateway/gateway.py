@@ -21,8 +21,11 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
 from services.gateway.prefixes import Prefixes
+from services.gateway.roster import Roster
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
+from services.gateway.traces.export import OtlpExport
+from services.gateway.traces.traces import Traces
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import (
@@ -61,8 +64,9 @@ class Gateway:
         metrics: Metrics,
         chores: Chores,
         access: Access | None = None,
+        export: OtlpExport | None = None,
     ) -> None:
-        """`access`: without it everybody is let in."""
+        """`access`: without it everybody is let in. `export`: takes the traces that are kept."""
         self.settings = settings
         self.model = model  # served name
         self.bus = bus
@@ -80,6 +84,8 @@ class Gateway:
         )
         self.streams = Streams(self.cancel)
         self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
+        self.roster = Roster()
+        self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -104,6 +110,7 @@ class Gateway:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
         await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
+        await self.traces.listen()
         await self.bus.flush()
         self.chores.start(self.dashboard.run())
 
@@ -124,6 +131,7 @@ class Gateway:
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
+                await self.traces.ask_for_held()
             await asyncio.sleep(BEAT_S)
 
     # ---- for admission and placement -----------------------------------------------------------------------
@@ -284,6 +292,7 @@ class Gateway:
         if isinstance(message, wire.Heartbeat):
             if message.id == self.settings.id:
                 self._heard_self_at = time.monotonic()
+            self.roster.hear(message, time.monotonic())
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
@@ -296,6 +305,10 @@ class Gateway:
             self.streams.put(message, now)
             self.fleet.report(message.worker, message.backlog, now)
             self.pump()
+
+    def _other_gateways(self) -> list[str]:
+        members = self.roster.live(time.monotonic(), "gateway")
+        return [member.id for member in members if member.id != self.settings.id]
 
     def _hears(self, now: float) -> bool:
         """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""

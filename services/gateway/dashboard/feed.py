@@ -15,8 +15,8 @@ import msgspec
 from prometheus_client import Gauge
 
 from services.gateway.dashboard import counts
+from services.gateway.dashboard.attendance import Attendance
 from services.gateway.dashboard.figures import Figures
-from services.gateway.dashboard.roster import Roster
 from services.gateway.fleet import Fleet
 from services.gateway.metrics import Metrics
 from shared import subjects, wire
@@ -43,7 +43,7 @@ class Feed:
         self._incarnation = uuid.uuid4().hex
         self._began = time.monotonic()
         self._figures = Figures(self._began)
-        self._roster = Roster(model, lambda worker: fleet.beats(worker) > 0)
+        self._attendance = Attendance(model, lambda worker: fleet.beats(worker) > 0)
         self._viewers = 0
         self._closed = False
         self._frame = b""
@@ -52,14 +52,14 @@ class Feed:
         self._tick = asyncio.Event()
         for name, text, read in (
             ("baton_dashboard_viewers", "Who watches the dashboard", lambda: self._viewers),
-            ("baton_dashboard_services", "Services that the dashboard shows", lambda: len(self._roster)),
+            ("baton_dashboard_services", "Services that the dashboard shows", lambda: len(self._attendance)),
         ):
             Gauge(name, text, registry=metrics.registry).set_function(read)
 
     # ---- what is heard -------------------------------------------------------------------------------------
 
     def hear(self, beat: wire.Heartbeat, now: float) -> None:
-        self._roster.hear(beat, now)
+        self._attendance.hear(beat, now)
 
     def hear_traffic(self, message: wire.AnyMessage) -> None:
         """Of other gateways; this one's own counts do not go round by the bus."""
@@ -76,8 +76,8 @@ class Feed:
     async def tick(self, now: float) -> None:
         own = counts.read(self._metrics.registry, self._metrics.tokens)
         self._figures.hear(self._settings.id, self._incarnation, own, now, new=True)
-        self._roster.look(now)
-        for store in self._roster.alive("kv", now):
+        self._attendance.look(now)
+        for store in self._attendance.alive("kv", now):
             self._figures.hear(store.id, store.incarnation, {counts.MOVED: store.moved_bytes}, now)
         self._figures.level(now, **self._load(now))
         if self._viewers:
@@ -141,14 +141,15 @@ class Feed:
             "arrangement": self._settings.arrangement,
             "up_s": round(now - self._began),
             "bus": self._bus.connected,
+            "traces": self._settings.telemetry == "on",
             "targets": targets,
-            "services": self._roster.rows(now),
+            "services": self._attendance.rows(now),
             **self._load(now),
         }
 
     def _load(self, now: float) -> dict[str, float]:
         """Of all gateways."""
-        lines = [gateway.backlog for gateway in self._roster.alive("gateway", now)]
+        lines = [gateway.backlog for gateway in self._attendance.alive("gateway", now)]
         return {"active": sum(line.running for line in lines), "queued": sum(line.waiting for line in lines)}
 
 

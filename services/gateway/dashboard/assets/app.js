@@ -23,7 +23,7 @@ function now(data) {
   document.title = `${data.model} – Baton`;
   overview.now(data);
   services(data);
-  requests.now(data.ended);
+  requests.now(data);
 }
 
 function status(kind, text) {

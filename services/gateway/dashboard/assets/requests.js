@@ -24,7 +24,8 @@ export class Requests {
   }
 
   /** `ended`: how many requests have ended; ask only when that has changed, or a trace is still to come. */
-  now(ended) {
+  now({ ended, traces }) {
+    if (!traces) $("#no-requests").textContent = "Traces are off: telemetry is switched off in this gateway's settings.";
     if (ended === this.seen || this.asking || document.hidden) return;
     this.seen = ended;
     this.load();

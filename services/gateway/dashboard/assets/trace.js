@@ -71,7 +71,7 @@ function waterfall(spans) {
 }
 
 function details(span) {
-  const lines = [["starts at", ms(span.start_ms)], ...Object.entries(span.attributes ?? {}),
+  const lines = [["starts at", ms(span.start_ms)], ...(span.error ? [["error", span.error]] : []), ...Object.entries(span.attributes ?? {}),
     ...(span.events ?? []).map((event) => [`${event.name} at ${ms(event.at_ms)}`, Object.entries(event.attributes ?? {}).map(([name, value]) => `${name} ${value}`).join(", ")])];
   return h("dl", { class: "more", hidden: true }, lines.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, String(value))]));
 }

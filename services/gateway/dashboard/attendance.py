@@ -28,7 +28,7 @@ class _Service:
     back_at: float | None = None  # when its successor was ready
 
 
-class Roster:
+class Attendance:
     def __init__(self, model: str, is_known: Callable[[str], bool]) -> None:
         """`is_known`: whether the failure detector counts on a worker."""
         self._model = model

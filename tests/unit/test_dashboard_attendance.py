@@ -1,32 +1,32 @@
 """Who is on the page: alive, silent, lost, stopped, back; and for how long."""
 
-from services.gateway.dashboard import roster as page
-from services.gateway.dashboard.roster import KEEP_S, MAX_GONE, MAX_SERVICES, Roster
+from services.gateway.dashboard import attendance as page
+from services.gateway.dashboard.attendance import KEEP_S, MAX_GONE, MAX_SERVICES, Attendance
 from shared import wire
 
 MODEL = "m"
 
 
 class Told:
-    """A roster and a failure detector that says what the test says."""
+    """A attendance and a failure detector that says what the test says."""
 
     def __init__(self) -> None:
         self.lost: set[str] = set()
-        self.roster = Roster(MODEL, lambda worker: worker not in self.lost)
+        self.attendance = Attendance(MODEL, lambda worker: worker not in self.lost)
 
     def beat(self, id_: str, now: float, **more) -> None:
         role = more.pop("role", id_.split("-", maxsplit=1)[0])
         beat = wire.Heartbeat(role=role, id=id_, **{"incarnation": "1", "model": MODEL, **more})
-        self.roster.hear(beat, now)
+        self.attendance.hear(beat, now)
 
     def row(self, id_: str, now: float) -> dict:
-        self.roster.look(now)
-        (found,) = [row for row in self.roster.rows(now) if row["id"] == id_]
+        self.attendance.look(now)
+        (found,) = [row for row in self.attendance.rows(now) if row["id"] == id_]
         return found
 
     def ids(self, now: float) -> list[str]:
-        self.roster.look(now)
-        return [row["id"] for row in self.roster.rows(now)]
+        self.attendance.look(now)
+        return [row["id"] for row in self.attendance.rows(now)]
 
 
 def test_a_row_says_what_the_beat_said():
@@ -80,7 +80,7 @@ def test_the_lost_stay_for_a_while():
     told.row("decode-0", 2.0)
     assert told.ids(1.9 + KEEP_S) == ["decode-0"]
     assert told.ids(2.1 + KEEP_S) == []
-    assert len(told.roster) == 0
+    assert len(told.attendance) == 0
 
 
 def test_one_that_came_back_is_marked_from_when_it_was_lost():
@@ -110,8 +110,8 @@ def test_gateways_and_stores_are_lost_after_a_silence():
     told.beat("kv-0", 1.0, model="", slots={"free": 3})
     assert told.row("kv-0", 1.5)["slots"] == {"free": 3}
     assert told.row("gateway-0", 4.5)["state"] == "lost"
-    assert [one.id for one in told.roster.alive("kv", 1.5)] == ["kv-0"]
-    assert told.roster.alive("kv", 4.5) == []
+    assert [one.id for one in told.attendance.alive("kv", 1.5)] == ["kv-0"]
+    assert told.attendance.alive("kv", 4.5) == []
 
 
 def test_order_is_by_role_and_number_and_strangers_are_left_out():
@@ -127,7 +127,7 @@ def test_it_is_bounded(monkeypatch):
     told = Told()
     for at in range(MAX_SERVICES + 5):
         told.beat(f"decode-{at}", 1.0)
-    assert len(told.roster) == MAX_SERVICES
+    assert len(told.attendance) == MAX_SERVICES
     told.lost |= {f"decode-{at}" for at in range(MAX_SERVICES)}
     assert len(told.ids(2.0)) == MAX_GONE
     assert page.GONE_S > page.SUSPECT_S
