@@ -26,6 +26,10 @@ class LoopHistogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def describe(self) -> Iterable[Metric]:
+        """So that the registry knows the names."""
+        return self.collect()
+
     def collect(self) -> Iterable[Metric]:
         total, buckets = 0, []
         for bound, count in zip((*self._bounds, inf), self._counts, strict=True):

@@ -276,6 +276,16 @@ class Heartbeat(Message, frozen=True):
     format: int = FORMAT
     lost: list[str] = []  # from kv: workers whose socket has just closed
     slots: dict[str, int] = {}  # from kv
+    moved_bytes: dict[str, int] = {}  # from kv, since its start, by path
+
+
+class Traffic(Message, frozen=True):
+    """Once a second on {c}.traffic.{gateway}: what a gateway has counted since its start, so none needs to arrive."""
+
+    gateway: str
+    incarnation: str
+    up_s: float = 0.0  # since its start
+    counts: dict[str, dict[str, float]] = {}  # family -> label -> count, see services/gateway/dashboard/counts.py
 
 
 # ---- traces and metrics -------------------------------------------------------------------------------------
@@ -382,7 +392,7 @@ Request = (
     | TraceAsked
     | MetricsAsked
 )
-Broadcast = TokenBatch | Heartbeat | Spans | SpansWanted
+Broadcast = TokenBatch | Heartbeat | Traffic | Spans | SpansWanted
 AnyMessage = Reply | Request | Broadcast
 
 _encoder = msgspec.msgpack.Encoder()

@@ -161,6 +161,7 @@ async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.sock
     settings = gateway.settings
     log.info("draining, for at most %g s", settings.drain_s)
     ends_at = time.monotonic() + settings.drain_s
+    gateway.dashboard.close()
     if settings.share_port:
         await shared_port.leave(server, listener, settings.drain_s)
     await gateway.drain(ends_at - time.monotonic())

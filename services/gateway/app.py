@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.gateway import document, http_errors
 from services.gateway.access.client import Client, unknown_model
 from services.gateway.access.gate import CLIENT, gated
+from services.gateway.dashboard import routes as dashboard
 from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
@@ -107,6 +108,7 @@ def rest(gateway: Gateway) -> FastAPI:
         """Of every service that lives; each serves its own on its probe port as well."""
         return Response(await gateway.cluster_metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
+    dashboard.add_routes(app, gateway.dashboard, gateway.access)
     add_routes(app, gateway.traces)
     _document_hot_routes(app)
     document.describe(app, gateway.model)

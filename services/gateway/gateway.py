@@ -18,6 +18,7 @@ from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
 from services.gateway.cluster_metrics import ClusterMetrics
 from services.gateway.costs import Costs
+from services.gateway.dashboard.feed import Feed
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
@@ -86,6 +87,7 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
+        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.roster = Roster()
         self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.cluster_metrics = ClusterMetrics(
@@ -128,9 +130,11 @@ class Gateway:
     async def listen(self) -> None:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
         await self.traces.listen()
         await serve_metrics(self.bus, self.settings.cluster, "gateway", self.settings.id, self.metrics.registry)
         await self.bus.flush()
+        self.chores.start(self.dashboard.run())
 
     async def watch(self, incarnation: str, metrics_url: str) -> None:
         """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
@@ -315,6 +319,7 @@ class Gateway:
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
+            self.dashboard.hear(message, time.monotonic())
 
     def _on_batch(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
@@ -355,7 +360,8 @@ class Gateway:
         line = Line(prompts=prompts + len(self.queue), tokens=tokens + self.queue.tokens)
         self._replicas.see(self.fleet.everybody(), line, now)
         roles = [member.role for member in self.roster.live(now)]
-        self._costs.see(roles, tokens=self.metrics.tokens, requests=self.metrics.requests, now=now)
+        served = self.metrics.tokens["prompt"] + self.metrics.tokens["completion"]
+        self._costs.see(roles, tokens=served, requests=self.metrics.requests, now=now)
 
     def _fleet_changed(self) -> None:
         if not self.seen_path and self.fleet.has("decode"):

@@ -15,6 +15,8 @@ from shared.process_metrics import watch_process
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 10.0)
 
+WITHIN_TARGET = "baton_requests_within_target"
+
 
 def outcome(error: BatonError | None) -> str:
     """The label: ok, client_error, shed, error or cancelled."""
@@ -31,7 +33,6 @@ class Metrics:
         """`each_token`: off, nothing is counted for each token."""
         self.registry = CollectorRegistry()
         self._model = model
-        self.tokens = 0  # served so far, prompt and completion
         self.requests = 0  # that were answered
         self._by_label: dict[tuple[str, ...], Counter] = {}  # finding a child takes longer than counting
         own = self.registry
@@ -63,6 +64,8 @@ class Metrics:
         self._genai_gap = LoopHistogram(
             (genai.prometheus(genai.TIME_PER_OUTPUT_TOKEN), "OpenTelemetry GenAI"), buckets=GAPS, registry=own
         ).observe
+        self._within = Counter(WITHIN_TARGET, "Requests that kept their tier's targets", ("tier",), registry=own)
+        self.tokens = dict.fromkeys(("prompt", "cached", "completion"), 0)  # of all tenants
 
     def live(
         self,
@@ -116,7 +119,7 @@ class Metrics:
         """`decoding_s`: from the first token to the last. `tenant`: one that a key names, so they are few."""
         for kind, count in (("prompt", usage.prompt), ("cached", usage.cached), ("completion", usage.completion)):
             self._count(self._tokens, tenant, self._model, kind).inc(count)
-        self.tokens += usage.prompt + usage.completion
+            self.tokens[kind] += count
         if usage.completion > 1:
             self._genai_gap(decoding_s / (usage.completion - 1))
 
@@ -126,6 +129,9 @@ class Metrics:
         if child is None:
             child = self._by_label[labels] = counter.labels(*labels)
         return child
+
+    def within_target(self, tier: str) -> None:
+        self._within.labels(tier).inc()
 
 
 class _Workers(Collector):

@@ -95,6 +95,7 @@ async def serve(settings: KvSettings) -> None:
             node=settings.node,
             incarnation=incarnation,
             metrics_url=probes.url,
+            moved_bytes=metrics.moved_bytes,
         )
         outside = Outside(host_closed=service.host_closed, key_changed=index.note)
         server = KvServer(settings.node, store, arena, metrics, outside)

@@ -227,6 +227,10 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
             "lost": ["x"],
         },
     ),
+    (
+        wire.Traffic(gateway="g", incarnation="i", up_s=7.5, counts={"shed": {"queue_full": 2.0}}),
+        {"type": "Traffic", "gateway": "g", "incarnation": "i", "up_s": 7.5, "counts": {"shed": {"queue_full": 2.0}}},
+    ),
 ]
 NAMES = [type(message).__name__ for message, _ in GOLDEN]
 

@@ -38,6 +38,8 @@ LIMITS = {
     "MAX_QUEUED": "baton_kv_waiting_reservations",
     "MAX_CONNECTIONS": "baton_kv_connections",
     "MAX_BACKLOG": "baton_kv_index_backlog",
+    "MAX_VIEWERS": "baton_dashboard_viewers",
+    **dict.fromkeys(("MAX_GONE", "MAX_SERVICES", "MAX_SOURCES"), "baton_dashboard_services"),
     **dict.fromkeys(
         [
             "MAX_SPANS",
