@@ -25,10 +25,12 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.server import bound_sends, make_server
+from services.gateway.traces.export import OtlpExport, from_environment
 from shared import settings as configuration
 from shared import telemetry
 from shared.access.connection import open_redis
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import SettingsError
 from shared.loop_lag import LoopLag
 from shared.probes import Probes, listen
@@ -50,12 +52,13 @@ def main() -> int:
         telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         log.info("settings %s", configuration.shown(settings))
-        provider = telemetry.start("gateway", settings.id)
+        export = from_environment()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(settings))
+                runner.run(serve(settings, export))
         finally:
-            provider.shutdown()
+            if export is not None:
+                export.close()
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         return 2
@@ -78,13 +81,13 @@ def check_exposure(settings: GatewaySettings) -> None:
         )
 
 
-async def serve(settings: GatewaySettings) -> None:
+async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = configuration.served_name(settings.model, settings.served_model_name)
-    metrics = Metrics(model)
+    metrics = Metrics(model, each_token=settings.telemetry == "on")
     access = Access.open(settings, metrics.registry)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
     bound_sends(listener)
@@ -105,6 +108,7 @@ async def serve(settings: GatewaySettings) -> None:
                 metrics=metrics,
                 chores=chores,
                 access=access,
+                export=export,
             )
             await gateway.listen()
             await _run(gateway, listener, stop)
@@ -128,19 +132,21 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         gc.set_threshold(*GC_THRESHOLD)
         sys.setswitchinterval(SWITCH_S)
         LoopLag(gateway.metrics.registry).start()
+        tapping = tasks.create_task(BusMetrics(gateway.metrics.registry).run(gateway.bus))
         log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
         await stop.wait()
         await _drain(gateway, server, listener)
         server.should_exit = True
         await serving
         watching.cancel()
+        tapping.cancel()
     log.info("stopped")
 
 
 @asynccontextmanager
 async def _probes(gateway: Gateway, stop: asyncio.Event, url: str) -> AsyncIterator[str]:
-    """Where to ask this gateway: on a port that it shares, anyone of them would answer."""
-    if not gateway.settings.share_port:
+    """Where to ask this gateway for its own: on a port that it shares, anyone of them would answer."""
+    if not (gateway.settings.share_port or gateway.settings.probe_port):
         yield url
         return
     probes = Probes(gateway.metrics.registry, lambda: "draining" if stop.is_set() else gateway.not_ready())
@@ -155,6 +161,7 @@ async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.sock
     settings = gateway.settings
     log.info("draining, for at most %g s", settings.drain_s)
     ends_at = time.monotonic() + settings.drain_s
+    gateway.dashboard.close()
     if settings.share_port:
         await shared_port.leave(server, listener, settings.drain_s)
     await gateway.drain(ends_at - time.monotonic())

@@ -93,11 +93,20 @@ class Cluster:
         return path.read_text() if path.exists() else ""
 
 
+# A gateway's page has everybody's: what others say is left out, and whose the rest is.
+WHOSE = re.compile(r'.*service="(?!gateway)[a-z]+".*|service="gateway",instance="[^"]*",?')
+
+
 def read_metrics(url: str) -> dict[str, float]:
     url = url if url.endswith("/metrics") else f"{url}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
+    samples: dict[str, float] = {}
+    for line in lines:
+        if line and line[0] != "#" and (own := WHOSE.sub("", line)):
+            name, _, value = own.replace("{}", "").rpartition(" ")
+            samples[name] = samples.get(name, 0.0) + float(value)
+    return samples
 
 
 # A busy machine is slow, and no test is to be refused for that.
@@ -125,6 +134,7 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         _wait_until_ready(cluster)
         everyone = psutil.Process(process.pid).children(recursive=True)
         semaphores = mapped_semaphores(everyone)
+        run_folder = Path(json.loads((home / str(port) / "cluster.json").read_text())["run_folder"])
         yield cluster
         semaphores |= mapped_semaphores(psutil.Process(process.pid).children(recursive=True))
         process.send_signal(signal.SIGINT)
@@ -133,6 +143,7 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         _, alive = psutil.wait_procs(everyone, timeout=10)
         assert not alive, f"left running: {[p.cmdline() for p in alive if p.is_running()]}"
         assert not shared_memory(port), "shared memory left behind"
+        assert not run_folder.exists(), "sockets left behind"
         left = [name for name in semaphores if (SHM / name).exists()]
         assert not left, f"semaphores left behind: {left}"
     finally:
