@@ -6,9 +6,9 @@
 #   worker-cpu   a worker with vLLM for CPUs; worker-vllm is the same, for who chooses by BATON_ENGINE
 #   worker-cuda  a worker with vLLM for NVIDIA GPUs
 #
-# Packages come from requirements/*.lock, by hash and as wheels: nothing is compiled. They come from where pip.conf says,
-# which is a build secret (`--secret id=pip.conf,src=…`), so that the address of a package index, or its password, stays
-# out of the images. Containers run as user 10001 and need no file system that can be written to but /tmp.
+# Packages are those of requirements/*.lock, by hash and as wheels: nothing is compiled. They come from where pip.conf
+# says, which is a build secret (`--secret id=pip.conf,src=…`), so that the address of a package index, or its password,
+# stays out of the images. Containers run as user 10001 and need no file system that can be written to but /tmp.
 FROM python:3.11-slim AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 

@@ -77,7 +77,7 @@ def assert_nothing_held(cluster: Compose) -> None:
 
 
 def test_images_are_small_and_hold_no_compiler_and_no_torch(cluster: Compose) -> None:
-    for image in ("baton-gateway", "baton-kv-transfer"):
+    for image in ("baton/gateway", "baton/kv-transfer"):
         facts = json.loads(cluster.docker("image", "inspect", image).stdout)[0]
         assert facts["Size"] < SMALL_IMAGE_BYTES
         assert facts["Config"]["User"] == "10001:10001"
