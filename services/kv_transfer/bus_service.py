@@ -35,6 +35,7 @@ class BusService:
         incarnation: str,
         metrics_url: str,
         peers: Peers,
+        moved_bytes: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.draining = False
         self._bus = bus
@@ -46,6 +47,7 @@ class BusService:
         self._incarnation = incarnation
         self._metrics_url = metrics_url
         self._peers = peers
+        self._moved_bytes = moved_bytes
         self._lost: list[str] = []
         self._wake = asyncio.Event()
 
@@ -110,6 +112,7 @@ class BusService:
             peer_address=self._peers.address,
             peer_bytes_per_s=self._peers.speed.bytes_per_s,
             block_bytes=geometry.slot_bytes * geometry.ranks if geometry else 0,
+            moved_bytes=self._moved_bytes(),
         )
 
     async def _answer(self, message: wire.AnyMessage, _context: Context) -> wire.Message:

@@ -32,6 +32,7 @@ class Lease:
     written: dict[int, int] = field(default_factory=dict)  # position -> bit set of the ranks that have committed it
     origins: dict[int, tuple["Lease", int]] = field(default_factory=dict)  # blocks lent by another lease: whose
     waits: set[Ticket] = field(default_factory=set)
+    ends_complete: bool = False  # nobody releases it
     push_node: str = ""  # where its blocks are pushed as they are committed
     push_lease: str = ""  # of that node's store
     is_offered: bool = True  # that store has taken the offer, or nothing is pushed

@@ -223,6 +223,10 @@ def _workers(
         values = {**given, **_node(place, node), "engine_args": engine_args}
         values["cpu_cores"] = given.get("cpu_cores", core_list)
         environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        if not is_sim:
+            environ["VLLM_RPC_BASE_PATH"] = (
+                place.run_folder
+            )  # a killed engine leaves its sockets: they go with the folder
         processes.append(_service(role, worker_id, values, programs, probe_port=port, environ=environ))
     return processes
 

@@ -81,12 +81,13 @@ def test_noise_is_refused(noise: bytes) -> None:
 @given(st.binary(max_size=200), st.sampled_from(["source", "target"]))
 def test_noise_behind_a_right_header_is_refused_or_a_message(noise: bytes, side: str) -> None:
     head = Head(frames.CONTROL, 0, 0, len(noise), xxhash.xxh3_64_intdigest(noise))
+    read_it = read_source if side == "source" else read_target
+    why, found = "", None
     try:
-        found = read_source(head, noise) if side == "source" else read_target(head, noise)
+        found = read_it(head, noise)
     except BadFrame as bad:
-        assert bad.reason == frames.MALFORMED
-    else:
-        assert isinstance(found, frames.Control)
+        why = bad.reason
+    assert isinstance(found, frames.Control) or why == frames.MALFORMED
 
 
 @given(from_source, st.data())
@@ -125,7 +126,7 @@ def test_sizes_have_limits() -> None:
 
 
 def test_a_block_of_several_ranks_has_one_checksum_of_all() -> None:
-    data = memoryview(bytes(range(256)) * 16)
+    data = memoryview(bytes(2048) + bytes(range(256)) * 8)
     sums = frames.checksums_of(data, 2)
     assert sums == [xxhash.xxh3_64_intdigest(data[:2048]), xxhash.xxh3_64_intdigest(data[2048:])]
     assert frames.joint_checksum(sums) != frames.joint_checksum(sums[::-1])

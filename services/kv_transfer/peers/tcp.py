@@ -162,7 +162,7 @@ class TcpTransport:
             channel = Channel(sock, self._limit_s)
             thread = threading.Thread(target=self._serve, args=(channel, where), name=f"peer-{where}", daemon=True)
             self._incoming[channel] = thread
-        thread.start()
+            thread.start()  # within the lock: `close` waits for all that it finds
 
     def _serve(self, channel: Channel, where: str) -> None:
         try:
