@@ -60,6 +60,16 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     flex: Positive = 1.0
 
 
+class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a process of each role costs an hour, its share of the machine included."""
+
+    currency: Annotated[str, msgspec.Meta(pattern="^[A-Z]{3}$")] = "USD"
+    gateway: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    prefill: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    decode: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    kv: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     model: str  # folder or Hugging Face id; the gateway reads its tokenizer and chat template
     revision: str = ""
@@ -87,6 +97,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    prices: Prices = Prices()  # e.g. {"prefill": 2.5, "decode": 2.5}; what tokens cost is worked out from them
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of requests whose trace is kept whatever happens,
     traces_per_s: Positive = 50.0  # no more than so many; as many failed, slow and retried ones are kept beside them
     max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower

@@ -303,7 +303,7 @@ class Traffic(Message, frozen=True):
     counts: dict[str, dict[str, float]] = {}  # family -> label -> count, see services/gateway/dashboard/counts.py
 
 
-# ---- traces -------------------------------------------------------------------------------------------------
+# ---- traces and metrics -------------------------------------------------------------------------------------
 
 Attribute = str | bool | int | float | list[str]
 
@@ -374,6 +374,14 @@ class TraceSummary(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str = ""
 
 
+class MetricsAsked(Message, frozen=True):
+    """To any service, on {c}.metrics.{id}."""
+
+
+class MetricsText(Message, frozen=True):
+    text: str  # Prometheus's, with labels `service` and `instance`
+
+
 class TraceList(Message, frozen=True):
     traces: list[TraceSummary]
 
@@ -386,9 +394,19 @@ class TraceFound(Message, frozen=True):
     spans: list[SpanRecord] = []
 
 
-Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound
+Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound | MetricsText
 Request = (
-    DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvFetch | KvRelease | KvStatsRequest | TracesAsked | TraceAsked
+    DecodeJob
+    | PrefillJob
+    | Cancel
+    | Ping
+    | KvLookup
+    | KvFetch
+    | KvRelease
+    | KvStatsRequest
+    | TracesAsked
+    | TraceAsked
+    | MetricsAsked
 )
 Broadcast = TokenBatch | Heartbeat | Traffic | Spans | SpansWanted
 AnyMessage = Reply | Request | Broadcast

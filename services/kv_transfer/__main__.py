@@ -27,7 +27,9 @@ from services.kv_transfer.store import Store
 from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import SettingsError
+from shared.exposition import serve_metrics
 from shared.loop_lag import LoopLag
 from shared.prefix_index import open_redis
 from shared.probes import Probes
@@ -114,9 +116,10 @@ async def serve(settings: KvSettings) -> None:
         await server.start(settings.kv_socket)
         stack.push_async_callback(server.close)
         await service.serve()
+        await serve_metrics(bus, settings.cluster, "kv", settings.id, registry)
         gc.freeze()  # what is here by now stays: a full collection pauses long enough to be noticed
         log.info("ready: arena %s of %.2f GiB on %s", arena.name, arena.size_bytes / 2**30, settings.kv_socket)
-        await run_until(stop, service, index, spans.run(bus, settings.cluster))
+        await run_until(stop, service, index, spans.run(bus, settings.cluster), BusMetrics(registry).run(bus))
 
 
 def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> None:

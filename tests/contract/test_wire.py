@@ -162,6 +162,8 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
     ),
     (wire.TracesAsked(order="slowest", limit=3), {"type": "TracesAsked", "order": "slowest", "limit": 3}),
     (wire.TraceAsked(id="t"), {"type": "TraceAsked", "id": "t"}),
+    (wire.MetricsAsked(), {"type": "MetricsAsked"}),
+    (wire.MetricsText(text="a 1\n"), {"type": "MetricsText", "text": "a 1\n"}),
     (wire.TraceList(traces=[]), {"type": "TraceList", "traces": []}),
     (
         wire.TraceFound(
