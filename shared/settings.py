@@ -139,6 +139,11 @@ class KvSettings(CommonSettings, frozen=True, kw_only=True):
     kv_socket: str  # unix socket it listens on
     arena_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # 0: min(2 GiB, 10 % of memory)
     shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
+    peer_secret: str = ""  # stores of other nodes must know it, too; empty: blocks stay on this node
+    peer_host: str = "127.0.0.1"  # where other nodes' stores are listened to
+    peer_port: Port = 0
+    peer_address: str = ""  # host, or host:port, as other nodes reach it; empty: peer_host
+    peer_s: Annotated[float, msgspec.Meta(ge=0.1)] = 2.0  # a peer that is silent or takes nothing for so long has gone
 
 
 SERVICES: dict[str, type[CommonSettings]] = {
@@ -148,7 +153,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "kv": KvSettings,
 }
 SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
-PASSWORDS = frozenset({"tenant_secret"})  # are nothing else
+PASSWORDS = frozenset({"tenant_secret", "peer_secret"})  # are nothing else
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.

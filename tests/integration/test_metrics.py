@@ -70,6 +70,7 @@ LIMITS = {
             "MAX_SECRET_CHARS",
             "MAX_FRAME_BYTES",
             "MOST_TEXT",
+            "MAX_LABELS",
         ],
         OF_ONE,
     ),
