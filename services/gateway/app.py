@@ -106,7 +106,7 @@ def rest(gateway: Gateway) -> FastAPI:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     _document_hot_routes(app)
-    document.describe(app, gateway.model)
+    document.describe(app, gateway.model, keyed=bool(gateway.settings.keys))
     app.add_exception_handler(BatonError, _baton_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app

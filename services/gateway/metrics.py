@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.gateway import genai
 from services.gateway.edge.render import Usage
+from services.gateway.tally import Tally
 from shared.errors import BatonError, Cancelled, Refused, RequestError
 from shared.process_metrics import watch_process
 
@@ -43,11 +44,11 @@ class Metrics:
             "baton_prefix_index_failures_total", "Look-ups that Redis did not answer", registry=own
         )
         self.index_failed = index_failures.inc
-        self._first = Histogram(
+        self._first = Tally(
             "baton_time_to_first_token_seconds", "From the request's first byte", buckets=LATENCIES, registry=own
         )
-        self._gap = Histogram("baton_inter_token_latency_seconds", "Between deltas", buckets=GAPS, registry=own)
-        self._duration = Histogram(
+        self._gap = Tally("baton_inter_token_latency_seconds", "Between deltas", buckets=GAPS, registry=own)
+        self._duration = Tally(
             "baton_request_duration_seconds", "From first byte to last", buckets=LATENCIES, registry=own
         )
         self._genai_first = _genai(genai.TIME_TO_FIRST_TOKEN, LATENCIES, own)
@@ -116,5 +117,5 @@ class _Workers(Collector):
         return [family]
 
 
-def _genai(name: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:
-    return Histogram(genai.prometheus(name), "OpenTelemetry GenAI", buckets=buckets, registry=registry)
+def _genai(name: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Tally:
+    return Tally(genai.prometheus(name), "OpenTelemetry GenAI", buckets=buckets, registry=registry)
