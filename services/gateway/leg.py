@@ -202,7 +202,7 @@ class Leg:
             replay=list(load.replay) if forces else [],
             salt=load.salt,
         )
-        seat.charges[worker].sent = True
+        seat.charges[worker].sent_at = time.monotonic()
         subject = subjects.decode(gateway.settings.cluster, worker)
         reply = await gateway.ask(
             worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()), brief=True

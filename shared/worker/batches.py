@@ -92,6 +92,7 @@ class Batches:
         *,
         backlog: Callable[[], wire.Backlog],
         sent: Callable[[int], None],
+        apart_s: float = APART_S,
     ) -> None:
         """`backlog` goes with every batch; `sent` hears of its number of rows."""
         self._bus = bus
@@ -99,6 +100,7 @@ class Batches:
         self._worker = worker
         self._backlog = backlog
         self._sent = sent
+        self._apart_s = apart_s
         self._waiting: dict[str, _Columns] = {}
         self._wake = asyncio.Event()
         self._sending = asyncio.Lock()  # rows go out in order, whoever flushes
@@ -117,7 +119,7 @@ class Batches:
             await self._wake.wait()
             if (early_s := next_at - loop.time()) > 0:
                 await asyncio.sleep(early_s)
-            next_at = loop.time() + APART_S
+            next_at = loop.time() + self._apart_s
             await self.flush()
 
     async def flush(self) -> None:
