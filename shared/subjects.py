@@ -37,8 +37,29 @@ def all_beats(c: str) -> str:
     return f"{c}.beat.*.*"
 
 
+def traffic(c: str, gateway_id: str) -> str:
+    return f"{c}.traffic.{gateway_id}"
+
+
+def all_traffic(c: str) -> str:
+    return f"{c}.traffic.*"
+
+
 def metrics(c: str, service_id: str) -> str:
     return f"{c}.metrics.{service_id}"
+
+
+def spans(c: str, gateway_id: str) -> str:
+    return f"{c}.spans.{gateway_id}"
+
+
+def wanted(c: str) -> str:
+    """Of spans that were not sent because their trace was not sampled."""
+    return f"{c}.wanted"
+
+
+def trace(c: str, gateway_id: str) -> str:
+    return f"{c}.trace.{gateway_id}"
 
 
 def everything(c: str) -> str:

@@ -25,6 +25,7 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.server import bound_sends, make_server
+from services.gateway.traces.export import OtlpExport, from_environment
 from shared import settings as configuration
 from shared import telemetry
 from shared.access.connection import open_redis
@@ -50,12 +51,13 @@ def main() -> int:
         telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         log.info("settings %s", configuration.shown(settings))
-        provider = telemetry.start("gateway", settings.id)
+        export = from_environment()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(settings))
+                runner.run(serve(settings, export))
         finally:
-            provider.shutdown()
+            if export is not None:
+                export.close()
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         return 2
@@ -78,7 +80,7 @@ def check_exposure(settings: GatewaySettings) -> None:
         )
 
 
-async def serve(settings: GatewaySettings) -> None:
+async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -105,6 +107,7 @@ async def serve(settings: GatewaySettings) -> None:
                 metrics=metrics,
                 chores=chores,
                 access=access,
+                export=export,
             )
             await gateway.listen()
             await _run(gateway, listener, stop)
@@ -155,6 +158,7 @@ async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.sock
     settings = gateway.settings
     log.info("draining, for at most %g s", settings.drain_s)
     ends_at = time.monotonic() + settings.drain_s
+    gateway.dashboard.close()
     if settings.share_port:
         await shared_port.leave(server, listener, settings.drain_s)
     await gateway.drain(ends_at - time.monotonic())

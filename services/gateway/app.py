@@ -16,11 +16,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.gateway import document, http_errors
 from services.gateway.access.client import Client, unknown_model
 from services.gateway.access.gate import CLIENT, gated
+from services.gateway.dashboard import routes as dashboard
 from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.journey import Journey
+from services.gateway.traces.routes import add_routes
 from shared.errors import BatonError, RequestError
 from shared.version import VERSION
 
@@ -105,6 +107,8 @@ def rest(gateway: Gateway) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    dashboard.add_routes(app, gateway.dashboard, gateway.access)
+    add_routes(app, gateway.traces)
     _document_hot_routes(app)
     document.describe(app, gateway.model, keyed=bool(gateway.settings.keys))
     app.add_exception_handler(BatonError, _baton_error)

@@ -16,12 +16,16 @@ from redis.asyncio import Redis
 from services.gateway.access.access import Access
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
+from services.gateway.dashboard.feed import Feed
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
 from services.gateway.prefixes import Prefixes
+from services.gateway.roster import Roster
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
+from services.gateway.traces.export import OtlpExport
+from services.gateway.traces.traces import Traces
 from shared import subjects, wire
 from shared.bus import Bus, Question
 from shared.errors import (
@@ -60,8 +64,9 @@ class Gateway:
         metrics: Metrics,
         chores: Chores,
         access: Access | None = None,
+        export: OtlpExport | None = None,
     ) -> None:
-        """`access`: without it everybody is let in."""
+        """`access`: without it everybody is let in. `export`: takes the traces that are kept."""
         self.settings = settings
         self.model = model  # served name
         self.bus = bus
@@ -78,6 +83,9 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
+        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
+        self.roster = Roster()
+        self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -101,7 +109,10 @@ class Gateway:
     async def listen(self) -> None:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
+        await self.traces.listen()
         await self.bus.flush()
+        self.chores.start(self.dashboard.run())
 
     async def watch(self, incarnation: str, metrics_url: str) -> None:
         """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
@@ -120,6 +131,7 @@ class Gateway:
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
+                await self.traces.ask_for_held()
             await asyncio.sleep(BEAT_S)
 
     # ---- for admission and placement -----------------------------------------------------------------------
@@ -260,9 +272,11 @@ class Gateway:
         if isinstance(message, wire.Heartbeat):
             if message.id == self.settings.id:
                 self._heard_self_at = time.monotonic()
+            self.roster.hear(message, time.monotonic())
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
+            self.dashboard.hear(message, time.monotonic())
 
     def _on_batch(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
@@ -271,6 +285,10 @@ class Gateway:
             self.streams.put(message, now)
             self.fleet.report(message.worker, message.backlog, now)
             self.pump()
+
+    def _other_gateways(self) -> list[str]:
+        members = self.roster.live(time.monotonic(), "gateway")
+        return [member.id for member in members if member.id != self.settings.id]
 
     def _hears(self, now: float) -> bool:
         """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""

@@ -15,6 +15,8 @@ from shared.process_metrics import watch_process
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 10.0)
 
+WITHIN_TARGET = "baton_requests_within_target"
+
 
 def outcome(error: BatonError | None) -> str:
     """The label: ok, client_error, shed, error or cancelled."""
@@ -55,6 +57,8 @@ class Metrics:
         self._genai_gap = _genai(genai.TIME_PER_OUTPUT_TOKEN, GAPS, own)
         self._genai_duration = _genai(genai.DURATION, LATENCIES, own)
         self.gap = self._gap.observe
+        self._within = Counter(WITHIN_TARGET, "Requests that kept their tier's targets", ("tier",), registry=own)
+        self.tokens = dict.fromkeys(("prompt", "cached", "completion"), 0)  # of all tenants
 
     def live(
         self,
@@ -102,8 +106,12 @@ class Metrics:
         """`decoding_s`: from the first token to the last. `tenant`: one that a key names, so they are few."""
         for kind, count in (("prompt", usage.prompt), ("cached", usage.cached), ("completion", usage.completion)):
             self._tokens.labels(tenant, self._model, kind).inc(count)
+            self.tokens[kind] += count
         if usage.completion > 1:
             self._genai_gap.observe(decoding_s / (usage.completion - 1))
+
+    def within_target(self, tier: str) -> None:
+        self._within.labels(tier).inc()
 
 
 class _Workers(Collector):

@@ -33,6 +33,7 @@ class BusService:
         node: str,
         incarnation: str,
         metrics_url: str,
+        moved_bytes: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.draining = False
         self._bus = bus
@@ -43,6 +44,7 @@ class BusService:
         self._node = node
         self._incarnation = incarnation
         self._metrics_url = metrics_url
+        self._moved_bytes = moved_bytes
         self._lost: list[str] = []
         self._wake = asyncio.Event()
 
@@ -103,6 +105,7 @@ class BusService:
             version=VERSION,
             lost=lost,
             slots=self._store.counts(),
+            moved_bytes=self._moved_bytes(),
         )
 
     async def _answer(self, message: wire.AnyMessage, _context: Context) -> wire.Message:

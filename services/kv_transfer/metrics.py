@@ -14,6 +14,7 @@ from services.kv_transfer.store import MAX_LEASES, MAX_QUEUED, Store
 class KvMetrics:
     def __init__(self, registry: CollectorRegistry, store: Store) -> None:
         moved = Counter("baton_kv_moved_bytes", "KV bytes read out of the arena", ["path"], registry=registry)
+        self._moved = moved
         self.moved_local = moved.labels(path="local")
         self.moved_peer = moved.labels(path="peer")
         self.failed_loads = Counter(
@@ -31,6 +32,11 @@ class KvMetrics:
         )
         self._registry = registry
         registry.register(_StoreCollector(store))
+
+    def moved_bytes(self) -> dict[str, int]:
+        """By path, since the start: beats carry it."""
+        samples = [one for family in self._moved.collect() for one in family.samples if one.name.endswith("_total")]
+        return {one.labels["path"]: int(one.value) for one in samples}
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A size that its owner knows; read when scraped."""
@@ -73,4 +79,6 @@ class _StoreCollector(Collector):
             limits.add_metric([name], limit)
         yield limits
         yield CounterMetricFamily("baton_kv_written_bytes", "Bytes committed", value=store.written_bytes)
+        yield CounterMetricFamily("baton_kv_kept_blocks", "Stored for the next turn", value=store.kept_blocks)
+        yield CounterMetricFamily("baton_kv_unkept_blocks", "Not stored: no room", value=store.unkept_blocks)
         yield CounterMetricFamily("baton_kv_evicted_blocks", "Blocks evicted for room", value=store.evicted_blocks)

@@ -114,7 +114,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
     address = f"http://{_reachable(options.host)}:{options.port}"
     services = [
         _service("kv", "kv-0", given, programs, probe_port=probe_ports[0]),
-        *_workers(options, machine, given, programs, probe_ports[1 : 1 + options.prefill + options.decode]),
+        *_workers(options, machine, given, programs, place, probe_ports[1 : 1 + options.prefill + options.decode]),
         *_gateways(options, given, programs, address, probe_ports[1 + options.prefill + options.decode :]),
     ]
     return Plan(
@@ -156,7 +156,12 @@ def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Proce
 
 
 def _workers(
-    options: UpOptions, machine: Machine, given: Mapping[str, Any], programs: Programs, ports: Sequence[int]
+    options: UpOptions,
+    machine: Machine,
+    given: Mapping[str, Any],
+    programs: Programs,
+    place: Place,
+    ports: Sequence[int],
 ) -> list[Process]:
     ids = [("prefill", f"prefill-{n}") for n in range(options.prefill)]
     ids += [("decode", f"decode-{n}") for n in range(options.decode)]
@@ -174,6 +179,10 @@ def _workers(
             engine_args["gpu_memory_utilization"] = gpu_memory
         values = {**given, "engine_args": engine_args, "cpu_cores": given.get("cpu_cores", core_list)}
         environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        if not is_sim:
+            environ["VLLM_RPC_BASE_PATH"] = (
+                place.run_folder
+            )  # a killed engine leaves its sockets: they go with the folder
         processes.append(_service(role, worker_id, values, programs, probe_port=port, environ=environ))
     return processes
 

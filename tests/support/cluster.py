@@ -125,6 +125,7 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         _wait_until_ready(cluster)
         everyone = psutil.Process(process.pid).children(recursive=True)
         semaphores = mapped_semaphores(everyone)
+        run_folder = Path(json.loads((home / str(port) / "cluster.json").read_text())["run_folder"])
         yield cluster
         semaphores |= mapped_semaphores(psutil.Process(process.pid).children(recursive=True))
         process.send_signal(signal.SIGINT)
@@ -133,6 +134,7 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         _, alive = psutil.wait_procs(everyone, timeout=10)
         assert not alive, f"left running: {[p.cmdline() for p in alive if p.is_running()]}"
         assert not shared_memory(port), "shared memory left behind"
+        assert not run_folder.exists(), "sockets left behind"
         left = [name for name in semaphores if (SHM / name).exists()]
         assert not left, f"semaphores left behind: {left}"
     finally:

@@ -149,7 +149,7 @@ def test_gpus_are_shared_out(
 def test_workers_on_one_gpu_share_its_memory_unless_told_otherwise() -> None:
     machine = msgspec.structs.replace(LAPTOP, gpus=("0",))
     worker = one(make(machine=machine), "decode-0")
-    assert worker.environ == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert worker.environ == {"CUDA_VISIBLE_DEVICES": "0", "VLLM_RPC_BASE_PATH": "/run/x"}
     assert worker.settings["engine_args"] == {"gpu_memory_utilization": 0.45}
     assert worker.settings["kv_gib"] == 0.0
     told = make(UpOptions(engine_args={"gpu_memory_utilization": 0.2}), machine=machine)

@@ -104,9 +104,9 @@ def _redis_folder(options: UpOptions, folder: ClusterFolder) -> str:
 
 
 def _run_folder() -> str:
-    """Private, and short enough for the path of a unix socket (107 bytes)."""
+    """Private, and short enough for the path of a unix socket (107 bytes) of vLLM's, which is a UUID."""
     parent = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="baton-", dir=parent if len(parent) < 70 else "/tmp")  # noqa: S108
+    return tempfile.mkdtemp(prefix="baton-", dir=parent if len(parent) < 55 else "/tmp")  # noqa: S108
 
 
 async def _run(chosen: Plan, options: UpOptions, folder: ClusterFolder, announce: detach.Announce) -> int:
