@@ -155,6 +155,10 @@ class Fleet:
         self._unread.clear()
         return self._pools
 
+    def everybody(self) -> list[forecast.Heard]:
+        """Who lives and says that it is ready."""
+        return [_heard(worker) for worker in self._workers.values() if _usable(worker)]
+
     def speeds(self, now: float, itl_s: float) -> Speeds:
         """Of the whole cluster, SPEEDS_S old at most."""
         worked_out, speeds = self._speeds.get(itl_s, (-SPEEDS_S, Speeds()))

@@ -67,7 +67,7 @@ def speeds(everybody: Iterable[Heard], now: float, *, arrangement: str, itl_s: f
     seen = [candidate(one, expected_output) for one in known]
     fastest = max(known, key=lambda one: one.beat.prefill_tokens_per_s, default=None)
     hands_over = bool(decoders) and prefillers is not decoders
-    sequences = sum(_sequences(one.beat, itl_s) for one in decoders)
+    sequences = sum(room_for(one.beat, itl_s) for one in decoders)
     ending = sum(_ends_per_s(one.beat, itl_s, expected_output) for one in decoders)
     jobs = sum(one.backlog.running + one.backlog.waiting + one.jobs for one in decoders)
     return Speeds(
@@ -85,7 +85,7 @@ def speeds(everybody: Iterable[Heard], now: float, *, arrangement: str, itl_s: f
     )
 
 
-def _sequences(beat: wire.Heartbeat, itl_s: float) -> float:
+def room_for(beat: wire.Heartbeat, itl_s: float) -> float:
     """How many a decode worker runs at once within the target."""
     most = float(beat.max_running) if beat.max_running else inf
     if beat.decode_step_s and beat.decode_sequence_s:
@@ -95,7 +95,7 @@ def _sequences(beat: wire.Heartbeat, itl_s: float) -> float:
 
 
 def _ends_per_s(beat: wire.Heartbeat, itl_s: float, expected_output: float) -> float:
-    running = _sequences(beat, itl_s)
+    running = room_for(beat, itl_s)
     if running == inf or not beat.decode_step_s:
         return 0.0
     step_s = beat.decode_step_s + beat.decode_sequence_s * (running - max(1, beat.backlog.running))

@@ -16,11 +16,14 @@ from redis.asyncio import Redis
 from services.gateway.access.access import Access
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
+from services.gateway.cluster_metrics import ClusterMetrics
+from services.gateway.costs import Costs
 from services.gateway.dashboard.feed import Feed
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
 from services.gateway.prefixes import Prefixes
+from services.gateway.replicas import Line, Replicas
 from services.gateway.roster import Roster
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
@@ -35,6 +38,7 @@ from shared.errors import (
     Timeout,
     WorkerLost,
 )
+from shared.exposition import serve_metrics
 from shared.settings import GatewaySettings
 from shared.version import VERSION
 
@@ -86,6 +90,13 @@ class Gateway:
         self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.roster = Roster()
         self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
+        self.cluster_metrics = ClusterMetrics(
+            bus, settings.cluster, settings.id, metrics.registry, lambda: self.roster.live(time.monotonic())
+        )
+        target = settings.target("default")
+        needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
+        self._replicas = Replicas(frozenset(needs), target.ttft_s, target.itl_s)
+        self._costs = Costs(settings.prices)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -104,6 +115,16 @@ class Gateway:
             promise_ratio=lambda: self.seating.promise_ratio,
             workers=self.fleet.states,
             dropped=lambda: bus.bad_messages + self.streams.bad_rows,
+            streams=lambda: len(self.streams),
+            wanted=lambda: self._replicas.wanted,
+            costs=self._costs,
+            limits={
+                "requests": settings.max_requests,
+                "queued_tokens": settings.max_queued_tokens,
+                "body_bytes": settings.max_bodies_bytes,
+                "connections": settings.max_connections,
+                **self.traces.limits,
+            },
         )
 
     async def listen(self) -> None:
@@ -111,6 +132,7 @@ class Gateway:
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
         await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
         await self.traces.listen()
+        await serve_metrics(self.bus, self.settings.cluster, "gateway", self.settings.id, self.metrics.registry)
         await self.bus.flush()
         self.chores.start(self.dashboard.run())
 
@@ -128,6 +150,7 @@ class Gateway:
             else:
                 self.fleet.excuse(now)
             self._look_at_queue(now)
+            self._look_at_load(now)
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
@@ -310,6 +333,15 @@ class Gateway:
             self._nobody_since = now
         if now - self._nobody_since > NOBODY_S:
             self.queue.refuse(lambda: self.seating.refusal(""))
+
+    def _look_at_load(self, now: float) -> None:
+        """What an autoscaler and whoever pays want to know."""
+        prompts, tokens = self.fleet.lines_elsewhere(now)
+        line = Line(prompts=prompts + len(self.queue), tokens=tokens + self.queue.tokens)
+        self._replicas.see(self.fleet.everybody(), line, now)
+        roles = [member.role for member in self.roster.live(now)]
+        served = self.metrics.tokens["prompt"] + self.metrics.tokens["completion"]
+        self._costs.see(roles, tokens=served, requests=self.metrics.requests, now=now)
 
     def _fleet_changed(self) -> None:
         if not self.seen_path and self.fleet.has("decode"):

@@ -25,7 +25,9 @@ import uvloop
 
 from shared import subjects, telemetry, wire
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import BatonError, Draining, EngineFailed, SettingsError
+from shared.exposition import serve_metrics
 from shared.kv.client import KvClient
 from shared.loop_lag import LoopLag
 from shared.probes import Probes
@@ -181,6 +183,7 @@ class Worker:
                 tasks.create_task(context.batches.run()),
                 tasks.create_task(self._watch(bus, context)),
                 tasks.create_task(self._spans.run(bus, cluster)),
+                tasks.create_task(BusMetrics(self._metrics.registry).run(bus)),
             ]
             # Both handlers always run: a role is what is advertised.
             decode = DecodeHandler(context, context.engine.info.max_running + settings.max_waiting)
@@ -189,6 +192,7 @@ class Worker:
             await bus.serve(subjects.prefill(cluster, settings.id), prefill)
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)
+            await serve_metrics(bus, cluster, self._role, settings.id, self._metrics.registry)
             for beats in (subjects.beats(cluster, "gateway"), subjects.beat(cluster, self._role, settings.id)):
                 await bus.listen(beats, lambda beat: self._hear(beat, context.jobs))
             await bus.flush()
