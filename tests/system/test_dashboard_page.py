@@ -44,7 +44,11 @@ def opened(browser: Browser, cluster: Cluster, width: int = 1280, scheme: str = 
 
 
 def ask(cluster: Cluster, request_id: str, tokens: int = 8) -> None:
-    body = {"model": "baton-demo", "messages": [{"role": "user", "content": f"hello from {request_id}"}], "max_tokens": tokens}
+    body = {
+        "model": "baton-demo",
+        "messages": [{"role": "user", "content": f"hello from {request_id}"}],
+        "max_tokens": tokens,
+    }
     httpx.post(f"{cluster.url}{CHAT}", json=body, headers={"x-request-id": request_id}, timeout=60).raise_for_status()
 
 

@@ -8,9 +8,7 @@ import pytest
 CSS = resources.files("services.gateway.dashboard").joinpath("assets/page.css").read_text()
 TEXT, MARK = 4.5, 3.0
 PAIRS = [
-    (front, back, TEXT)
-    for front in ("ink", "quiet", "accent", "good", "warn", "bad")
-    for back in ("panel", "ground")
+    (front, back, TEXT) for front in ("ink", "quiet", "accent", "good", "warn", "bad") for back in ("panel", "ground")
 ] + [
     ("accent-ink", "accent", TEXT),
     ("accent", "soft", TEXT),
@@ -26,7 +24,9 @@ PAIRS = [
 
 
 def palette(scheme: str) -> dict[str, str]:
-    light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", CSS, re.S))
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", CSS, re.DOTALL)
+    )
     return light if scheme == "light" else light | dark
 
 
