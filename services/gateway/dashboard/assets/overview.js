@@ -1,7 +1,7 @@
 // The headline figures and the charts.
 import { $, h, show } from "./dom.js";
 import { Chart } from "./charts.js";
-import { bytes, ms, NOTHING, number, share } from "./format.js";
+import { bytes, money, ms, NOTHING, number, share } from "./format.js";
 
 const PERCENTILES = [{ name: "p50", class: "c2" }, { name: "p95", class: "c1", dash: true }, { name: "p99", class: "c1" }];
 const SPANS = [24, 60]; // slots: 2 and 5 minutes
@@ -40,7 +40,10 @@ export class Overview {
       ["Prefix hits", share(minute.hits), `${share(quarter.hits)} in 15 min`],
       ["Shed and failed", number(failed(quarter)), `of ${number(ended(quarter))} in 15 min`],
     ];
-    if (frame.cost) tiles.push(["Cost", frame.cost.headline, frame.cost.detail]);
+    if (frame.price_per_hour) {
+      const amount = money(frame.currency);
+      tiles.push(["Cost", `${amount(frame.price_per_hour)}/h`, `${amount(quarter.cost?.per_million_tokens)}/M tokens`]);
+    }
     show($("#headline"), tiles, () => tiles.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", {}, more))));
     this.showReasons(quarter);
     this.frame = frame;
