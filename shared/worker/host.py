@@ -42,6 +42,7 @@ from shared.worker.prefill import PrefillHandler
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
+from shared.worker.vllm_telemetry import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Worker:
 
     async def _start_vllm(self) -> Engine:
         settings = self._settings
+        self._metrics.registry.register(EngineMetrics())
         return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,
