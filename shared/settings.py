@@ -5,6 +5,7 @@ is an error that names it. Fields in `SECRETS` and `PASSWORDS` are redacted when
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,7 +27,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What every service has."""
 
     cluster: Name = "baton"
-    id: Name  # unique in the cluster, e.g. prefill-0
+    id: Name = msgspec.field(default_factory=lambda: socket.gethostname().partition(".")[0])  # unique in the cluster
     nats_url: str = "nats://127.0.0.1:4222"
     redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path
     probe_host: str = "127.0.0.1"  # /health /ready /metrics of this service
@@ -125,7 +126,7 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     node: Name = "node-0"
     kv_socket: str = ""  # of the node's kv_transfer
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
-    prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
+    prefill_jobs: Count = 64  # prompts a prefill worker takes at once; gateways bind by time, and fewer
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
     kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
@@ -138,6 +139,11 @@ class KvSettings(CommonSettings, frozen=True, kw_only=True):
     kv_socket: str  # unix socket it listens on
     arena_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # 0: min(2 GiB, 10 % of memory)
     shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
+    peer_secret: str = ""  # stores of other nodes must know it, too; empty: blocks stay on this node
+    peer_host: str = "127.0.0.1"  # where other nodes' stores are listened to
+    peer_port: Port = 0
+    peer_address: str = ""  # host, or host:port, as other nodes reach it; empty: peer_host
+    peer_s: Annotated[float, msgspec.Meta(ge=0.1)] = 2.0  # a peer that is silent or takes nothing for so long has gone
 
 
 SERVICES: dict[str, type[CommonSettings]] = {
@@ -147,7 +153,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "kv": KvSettings,
 }
 SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
-PASSWORDS = frozenset({"tenant_secret"})  # are nothing else
+PASSWORDS = frozenset({"tenant_secret", "peer_secret"})  # are nothing else
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.

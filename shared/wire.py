@@ -220,6 +220,18 @@ class KvHeld(Message, frozen=True):
     blocks: int
 
 
+class KvFetch(Message, frozen=True):
+    """Push what you hold of these keys to that node's lease, which has set slots aside for them; KvHeld says how many.
+
+    As many as lead the list are offered; the other store takes those that it lacks.
+    """
+
+    node: str
+    lease: str
+    keys: list[bytes]
+    traceparent: str = ""
+
+
 class KvRelease(Message, frozen=True):
     """Give a lease back on behalf of its owner; unknown leases are fine."""
 
@@ -276,6 +288,9 @@ class Heartbeat(Message, frozen=True):
     format: int = FORMAT
     lost: list[str] = []  # from kv: workers whose socket has just closed
     slots: dict[str, int] = {}  # from kv
+    peer_address: str = ""  # from kv: where other nodes' stores reach it; empty: they do not
+    peer_bytes_per_s: float = 0.0  # from kv: how fast blocks have come from other nodes; 0: not known
+    block_bytes: int = 0  # from kv: of all ranks
     moved_bytes: dict[str, int] = {}  # from kv, since its start, by path
 
 
@@ -386,6 +401,7 @@ Request = (
     | Cancel
     | Ping
     | KvLookup
+    | KvFetch
     | KvRelease
     | KvStatsRequest
     | TracesAsked

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.kv_transfer.peers.frames import REASONS
 from services.kv_transfer.sessions import MAX_SESSIONS
 from services.kv_transfer.slots import SlotState
 from services.kv_transfer.store import MAX_LEASES, MAX_QUEUED, Store
@@ -30,8 +31,26 @@ class KvMetrics:
         self.index_dropped = Counter(
             "baton_kv_index_dropped", "Prefix index updates dropped: backlog full", registry=registry
         )
+        self._refused_frames = Counter(
+            "baton_kv_refused_frames",
+            "Frames, offers and connections of other nodes that were refused",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in REASONS:
+            self._refused_frames.labels(reason=reason)
+        self._failed_transfers = Counter(
+            "baton_kv_failed_transfers", "Transfers between nodes that ended early", ["reason"], registry=registry
+        )
         self._registry = registry
         registry.register(_StoreCollector(store))
+
+    def refused_frame(self, reason: str) -> None:
+        """From any thread."""
+        self._refused_frames.labels(reason=reason).inc()
+
+    def failed_transfer(self, reason: str) -> None:
+        self._failed_transfers.labels(reason=reason).inc()
 
     def moved_bytes(self) -> dict[str, int]:
         """By path, since the start: beats carry it."""

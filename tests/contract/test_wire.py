@@ -206,6 +206,10 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
     (wire.Pong(id="w"), {"type": "Pong", "id": "w"}),
     (wire.KvLookup(keys=[b"k"]), {"type": "KvLookup", "keys": [b"k"]}),
     (wire.KvHeld(node="n", blocks=3), {"type": "KvHeld", "node": "n", "blocks": 3}),
+    (
+        wire.KvFetch(node="n", lease="l", keys=[b"k"]),
+        {"type": "KvFetch", "node": "n", "lease": "l", "keys": [b"k"]},
+    ),
     (wire.KvRelease(lease="l"), {"type": "KvRelease", "lease": "l"}),
     (wire.KvStatsRequest(), {"type": "KvStatsRequest"}),
     (
