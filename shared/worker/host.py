@@ -39,6 +39,7 @@ from shared.worker.context import WorkerContext
 from shared.worker.decode import DecodeHandler
 from shared.worker.engine import Engine
 from shared.worker.gateways import Gateways
+from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
@@ -144,6 +145,7 @@ class Worker:
     async def _start_vllm(self) -> Engine:
         settings = self._settings
         self._metrics.registry.register(EngineMetrics())
+        watch_gpus(self._metrics.registry)
         return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,
