@@ -31,7 +31,7 @@ def waterfall(trace: Mapping[str, Any], width: int) -> str:
     names = [("  " * depths[span["span_id"]]) + span["name"] for span in spans]
     left = max((len(name) for name in names), default=0)
     where = max((len(span["instance"]) for span in spans), default=0)
-    bar = max(LEAST_BAR, width - left - where - 2 * MS_DIGITS - 6)
+    bar = max(LEAST_BAR, width - left - where - 2 * MS_DIGITS - 7)
     scale = f"{'0 ms':<{bar // 2}}{f'{end_ms:,.1f} ms':>{bar - bar // 2}}"
     lines = [*_head(trace), f"{'':{left}}  {'':{where}}  {'start':>{MS_DIGITS}} {'took':>{MS_DIGITS}}  {scale}"]
     for name, span in zip(names, spans, strict=True):
