@@ -39,6 +39,7 @@ from shared.worker.context import WorkerContext
 from shared.worker.decode import DecodeHandler
 from shared.worker.engine import Engine
 from shared.worker.gateways import Gateways
+from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
@@ -46,6 +47,7 @@ from shared.worker.pulling import Pulling
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
+from shared.worker.vllm_telemetry import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ class Worker:
 
     async def _start_vllm(self) -> Engine:
         settings = self._settings
+        self._metrics.registry.register(EngineMetrics())
+        watch_gpus(self._metrics.registry)
         return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,

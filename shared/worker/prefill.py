@@ -113,6 +113,7 @@ class PrefillHandler:
             kv=plan,
             salt=job.salt.hex(),
             priority=job.priority,
+            trace_headers=telemetry.inject(),
         )
         cached = 0
         context.prompts.begin(key, len(tokens) - held, time.monotonic())  # again: waiting for slots was no work
