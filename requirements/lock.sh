@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # Nothing that names an index: whoever builds says where packages come from.
 lock() {
     uv pip compile --quiet --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_28 "$@"
+        --python-version 3.11 --python-platform x86_64-manylinux_2_31 "$@"
 }
 
 lock pyproject.toml --output-file requirements/base.lock "$@"

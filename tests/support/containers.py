@@ -100,6 +100,9 @@ class Compose:
     def health(self, container: str) -> str:
         return self.docker("inspect", "--format", "{{.State.Health.Status}}", container, check=False).stdout.strip()
 
+    def restarts(self, container: str) -> int:
+        return int(self.docker("inspect", "--format", "{{.RestartCount}}", container).stdout)
+
     def everybody_is_healthy(self) -> bool:
         return {self.health(container) for container in self("ps", "--quiet").stdout.split()} == {"healthy"}
 
