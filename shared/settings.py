@@ -126,7 +126,7 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     node: Name = "node-0"
     kv_socket: str = ""  # of the node's kv_transfer
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
-    prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
+    prefill_jobs: Count = 64  # prompts a prefill worker takes at once; gateways bind by time, and fewer
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
     kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
