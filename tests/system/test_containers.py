@@ -12,7 +12,7 @@ import pytest
 
 from shared.worker.sim.oracle import Oracle
 from tests.support.cluster import PATIENT, free_port
-from tests.support.containers import PROJECT, REPOSITORY, Compose, container_engine, until
+from tests.support.containers import PROJECT, REPOSITORY, Compose, container_engine, package_index, until
 from tests.support.offered import Offered, offered
 
 pytestmark = pytest.mark.timeout(900)
@@ -29,9 +29,10 @@ HOLDERS = ("gateway", "nats")
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     """Two workers of each kind, every request split."""
-    with container_engine(tmp_path_factory.mktemp("engine")) as engine:
+    folder = tmp_path_factory.mktemp("engine")
+    with container_engine(folder) as engine:
         compose = Compose(
-            engine,
+            {**engine, **package_index(folder)},
             free_port(),
             BATON_ENGINE="sim",
             BATON_ARENA_GIB="0.25",
