@@ -127,9 +127,9 @@ def test_the_chat_box_streams(browser, cluster):
         assert page.evaluate("window.lengths.size") > 10
         assert len(page.locator("#chat-log .assistant").inner_text()) > 20
         expect(page.locator("#chat-log .user")).to_have_text("What is Baton?")
+        page.route(f"**{CHAT}", lambda _: None)  # the next answer does not come before it is stopped
         page.get_by_label("Message").fill("Go on")
         page.get_by_role("button", name="Send").click()
-        expect(page.locator("#chat-log .assistant").nth(1)).not_to_be_empty()
         page.get_by_role("button", name="Stop").click()
         expect(note.nth(1)).to_have_text("stopped")
         page.get_by_role("button", name="Clear").click()
