@@ -20,7 +20,19 @@ DEFAULT_PORT = 8000
 USUAL_KEYS = "usual"  # --keys without a value
 # The launcher gives every process its own; one value from the shell for all of them could only break the cluster.
 OWN_KEYS = frozenset(
-    {"cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "share_port", "kv_socket"}
+    {
+        "cluster",
+        "id",
+        "node",
+        "nats_url",
+        "nats_user",
+        "nats_password",
+        "redis_url",
+        "probe_host",
+        "probe_port",
+        "share_port",
+        "kv_socket",
+    }
 )
 MOST_GATEWAYS = 64
 

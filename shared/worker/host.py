@@ -35,6 +35,7 @@ from shared.worker.engine import Engine
 from shared.worker.gateways import Gateways
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
+from shared.worker.neighbours import Neighbours
 from shared.worker.prefill import PrefillHandler
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
@@ -89,9 +90,11 @@ class Worker:
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
             stack.push_async_callback(probes.close)
-            bus = await Bus.connect(settings.nats_url, settings.id)
+            bus = await Bus.open(settings, settings.id)
             stack.push_async_callback(bus.close)
+            neighbours = await Neighbours.listen(bus, settings.cluster)
             engine = await self._start_engine(stack)
+            await neighbours.check(served_name(settings.model, settings.served_model_name))
             kv = KvClient(settings.kv_socket, session=self._incarnation, worker=settings.id, on_unhealthy=self._fail)
             batches = Batches(
                 bus,
@@ -179,6 +182,10 @@ class Worker:
             prefill = PrefillHandler(context, settings.prefill_jobs + settings.max_waiting)
             await bus.serve(subjects.decode(cluster, settings.id), decode)
             await bus.serve(subjects.prefill(cluster, settings.id), prefill)
+            tests = [
+                await bus.serve(subjects.selftest(cluster, "decode", settings.id), decode),
+                await bus.serve(subjects.selftest(cluster, "prefill", settings.id), prefill),
+            ]
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)
             for beats in (subjects.beats(cluster, "gateway"), subjects.beat(cluster, self._role, settings.id)):
@@ -189,6 +196,8 @@ class Worker:
             except BatonError as error:
                 self._fail(f"the self-test failed: {error.message}")
             else:
+                for test in tests:
+                    await test.unsubscribe()
                 context.forget_speeds()
                 self._state = "ready"
                 log.info("ready: takes %s", ", ".join(self._takes))
