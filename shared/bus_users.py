@@ -34,14 +34,14 @@ def rights(cluster: str, role: str) -> Rights:
             publish=(
                 *(named(c, ANY) for named in (subjects.decode, subjects.prefill, subjects.cancel, subjects.kv)),
                 *(named(c, ANY) for named in (subjects.ping, subjects.metrics, subjects.trace)),
-                subjects.beat(c, role, ANY),
+                *(subjects.beat(c, role, ANY), subjects.wanted(c)),
             ),
             subscribe=(*own, subjects.gateway(c, ANY), subjects.spans(c, ANY), subjects.trace(c, ANY)),
         )
     if role == "kv":
         return Rights(
             publish=(subjects.kv(c, ANY), subjects.beat(c, role, ANY), subjects.spans(c, ANY)),
-            subscribe=(*own, subjects.kv(c, ANY)),
+            subscribe=(*own, subjects.kv(c, ANY), subjects.wanted(c)),
         )
     # Work is what is advertised, not the pool: both kinds of workers take both kinds of jobs.
     tests = subjects.selftests(c)
@@ -50,7 +50,10 @@ def rights(cluster: str, role: str) -> Rights:
             *(subjects.gateway(c, ANY), *tests),
             *(subjects.kv(c, ANY), subjects.beat(c, role, ANY), subjects.spans(c, ANY)),
         ),
-        subscribe=(*own, *(named(c, ANY) for named in (subjects.decode, subjects.prefill, subjects.cancel)), *tests),
+        subscribe=(
+            *(*own, subjects.wanted(c), *tests),
+            *(named(c, ANY) for named in (subjects.decode, subjects.prefill, subjects.cancel)),
+        ),
     )
 
 

@@ -9,6 +9,7 @@ BatonError
 │   │   ├── ContextLengthExceeded, ExceedsQuota
 │   │   └── UnsupportedParameter
 │   ├── ModelNotFound            404
+│   ├── TraceNotFound            404
 │   ├── RequestTimeout           408
 │   ├── BodyTooLarge             413
 │   ├── UnsupportedMedia         415
@@ -68,6 +69,11 @@ class UnsupportedParameter(InvalidRequest):
 
 class ModelNotFound(RequestError):
     code = "model_not_found"
+    status = 404
+
+
+class TraceNotFound(RequestError):
+    code = "trace_not_found"
     status = 404
 
 

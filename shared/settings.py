@@ -40,6 +40,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log_format: Annotated[str, msgspec.Meta(pattern="^(human|json)$")] = "human"
     log_level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
     drain_s: Positive = 30.0  # how long running requests may go on after SIGTERM
+    telemetry: Switch = "on"  # off: no spans, and nothing counted for each token
 
     @property
     def tls(self) -> Tls:
@@ -98,6 +99,8 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of requests whose trace is kept whatever happens,
+    traces_per_s: Positive = 50.0  # no more than so many; as many failed, slow and retried ones are kept beside them
     max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower
     header_s: Positive = 10.0  # for a request's head to arrive
     body_s: Positive = 30.0  # for its body

@@ -45,6 +45,11 @@ def spans(c: str, gateway_id: str) -> str:
     return f"{c}.spans.{gateway_id}"
 
 
+def wanted(c: str) -> str:
+    """Of spans that were not sent because their trace was not sampled."""
+    return f"{c}.wanted"
+
+
 def trace(c: str, gateway_id: str) -> str:
     return f"{c}.trace.{gateway_id}"
 

@@ -1,23 +1,20 @@
 """Traces and logs, set up the same way in every service.
 
-Span names are design section 9's. Spans go to OTLP when the standard OTEL_EXPORTER_OTLP_* variables name a receiver;
-otherwise they are made (so that context travels and logs carry trace ids) and dropped.
+Span names are design section 9's. Spans are made by shared/spans.py, and go to the gateway whose request they belong to
+(shared/span_sender.py), which keeps them and passes them on to OTLP (services/gateway/traces/).
 Never put prompts, completions, keys or raw headers in a span or log line.
 """
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from shared import spans
 
 GATEWAY_REQUEST = "gateway.request"
 GATEWAY_ADMISSION = "gateway.admission"
@@ -28,47 +25,47 @@ DECODE_JOB = "decode.job"
 KV_LOAD = "kv.load"
 DECODE_FIRST_TOKEN = "decode.first_token"  # noqa: S105 - a span's name
 
-_propagator = TraceContextTextMapPropagator()
-_tracer = trace.get_tracer("baton")  # a proxy until `start`; getting one costs 7 µs, and a request opens five spans
+_recorder = spans.Recorder()  # OpenTelemetry, too, has one a process
 
 
-def start(service: str, instance: str) -> TracerProvider:
-    """Install the process's tracer provider; call `shutdown()` on it before exit so that the last spans leave."""
-    provider = TracerProvider(
-        resource=Resource.create(
-            {"service.namespace": "baton", "service.name": service, "service.instance.id": instance}
-        )
-    )
-    if _otlp_wanted():
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+def start(*, enabled: bool = True) -> spans.Recorder:
+    """Of this process. Libraries that ask OpenTelemetry for a tracer get it as well."""
+    _recorder.enabled = enabled
+    if not isinstance(trace.get_tracer_provider(), spans.Provider):
+        trace.set_tracer_provider(spans.Provider(_recorder))
+    return _recorder
 
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    trace.set_tracer_provider(provider)
-    return provider
+
+def recorder() -> spans.Recorder:
+    return _recorder
 
 
 def tracer() -> trace.Tracer:
-    return _tracer
+    return _recorder
 
 
 def inject(context: Context | None = None) -> dict[str, str]:
-    """W3C headers (`traceparent`) of the current span, for NATS or the local socket."""
-    headers: dict[str, str] = {}
-    _propagator.inject(headers, context=context)
-    return headers
+    """W3C headers of the current span, for NATS; none where there is no span."""
+    span = spans.ours(trace.get_current_span(context))
+    return spans.headers(span) if span is not None and span.trace_id else {}
 
 
 def extract(headers: Mapping[str, str] | None) -> Context:
     """The context a message came with; malformed headers give an empty one."""
-    return _propagator.extract(dict(headers or {}))
+    if not headers:
+        return Context()
+    return spans.in_context(spans.parent_of(headers.get("traceparent", ""), headers.get("tracestate", "")))
 
 
 def traceparent(context: Context | None = None) -> str:
-    return inject(context).get("traceparent", "")
+    """The headers as one string, for the local socket and between stores: to be passed on as it is."""
+    return " ".join(inject(context).values())
 
 
 def from_traceparent(value: str) -> Context:
-    return extract({"traceparent": value} if value else {})
+    """Of what `traceparent` has made, or of the header alone."""
+    parent, _, state = value.partition(" ")
+    return extract({"traceparent": parent, "tracestate": state} if parent else {})
 
 
 def start_logs(service: str, instance: str, *, log_format: str = "human", level: str = "info") -> None:
@@ -82,20 +79,19 @@ def start_logs(service: str, instance: str, *, log_format: str = "human", level:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _otlp_wanted() -> bool:
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return False
-    return bool(os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
-
-
 def _trace_id() -> str:
-    context = trace.get_current_span().get_span_context()
-    return format(context.trace_id, "032x") if context.is_valid else ""
+    span = spans.ours(trace.get_current_span())
+    return format(span.trace_id, "032x") if span is not None and span.trace_id else ""
 
 
 class _HumanLines(logging.Formatter):
     def __init__(self, instance: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname)-7s {instance} %(message)s", datefmt="%H:%M:%S")
+        super().__init__(f"%(asctime)s %(levelname)-7s {instance} %(message)s%(trace)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace_id = _trace_id()
+        record.trace = f" [{trace_id}]" if trace_id else ""
+        return super().format(record)
 
 
 class _JsonLines(logging.Formatter):

@@ -278,9 +278,92 @@ class Heartbeat(Message, frozen=True):
     slots: dict[str, int] = {}  # from kv
 
 
-Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats
-Request = DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvRelease | KvStatsRequest
-Broadcast = TokenBatch | Heartbeat
+# ---- traces -------------------------------------------------------------------------------------------------
+
+Attribute = str | bool | int | float | list[str]
+
+
+class SpanEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    name: str
+    unix_ns: int
+    attributes: dict[str, Attribute] = {}
+
+
+class SpanRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A finished span. Ids are hexadecimal; `root` is the span id of its request's first span."""
+
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str = ""
+    root: str
+    service: str
+    instance: str
+    start_unix_ns: int  # by the clock of the machine where it was made
+    duration_ns: int
+    kind: int = 0  # OpenTelemetry's SpanKind
+    attributes: dict[str, Attribute] = {}
+    events: list[SpanEvent] = []
+    status: str = "ok"  # ok | error
+    error: str = ""  # a code or an exception's type
+
+
+class Spans(Message, frozen=True):
+    """From any service to the gateway whose requests they belong to, on {c}.spans.{gateway}."""
+
+    instance: str
+    spans: list[SpanRecord]
+    dropped: int = 0  # since the last one: there were too many
+
+
+class SpansWanted(Message, frozen=True):
+    """From a gateway to everybody, on {c}.wanted: these requests turned out to be worth keeping."""
+
+    gateway: str
+    roots: list[str]
+
+
+class TracesAsked(Message, frozen=True):
+    """From one gateway to another, on {c}.trace.{gateway}."""
+
+    order: str = "last"  # last | slowest
+    limit: int = 20
+
+
+class TraceAsked(Message, frozen=True):
+    id: str  # of a trace or a request
+
+
+class TraceSummary(msgspec.Struct, frozen=True, kw_only=True):
+    trace_id: str
+    request_id: str
+    start_unix_ms: int
+    duration_ms: float
+    ttft_ms: float | None  # None: there was no token
+    outcome: str
+    tier: str
+    tenant: str
+    path: str | None
+    spans: int
+    kept: str = "sampled"  # sampled | error | slow | retried
+    gateway: str = ""
+
+
+class TraceList(Message, frozen=True):
+    traces: list[TraceSummary]
+
+
+class TraceFound(Message, frozen=True):
+    """`summary` is None when it is not here."""
+
+    summary: TraceSummary | None = None
+    receipt: dict[str, Any] = {}
+    spans: list[SpanRecord] = []
+
+
+Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound
+Request = DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvRelease | KvStatsRequest | TracesAsked | TraceAsked
+Broadcast = TokenBatch | Heartbeat | Spans | SpansWanted
 AnyMessage = Reply | Request | Broadcast
 
 _encoder = msgspec.msgpack.Encoder()

@@ -26,6 +26,7 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import Metrics
 from services.gateway.server import bound_sends, make_server
+from services.gateway.traces.export import OtlpExport, from_environment
 from shared import settings as configuration
 from shared import telemetry
 from shared.access.connection import open_redis
@@ -54,12 +55,13 @@ def main() -> int:
         telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         log.info("settings %s", configuration.shown(settings))
-        provider = telemetry.start("gateway", settings.id)
+        export = from_environment()
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(settings))
+                runner.run(serve(settings, export))
         finally:
-            provider.shutdown()
+            if export is not None:
+                export.close()
     except SettingsError as error:
         sys.stderr.write(f"gateway: {error}\n")
         return 2
@@ -89,7 +91,7 @@ def check_https(settings: GatewaySettings) -> None:
         load_pair(context, settings.https_cert, settings.https_key, names=("https_cert", "https_key"))
 
 
-async def serve(settings: GatewaySettings) -> None:
+async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -117,6 +119,7 @@ async def serve(settings: GatewaySettings) -> None:
                 metrics=metrics,
                 chores=chores,
                 access=access,
+                export=export,
             )
             await gateway.listen()
             await _run(gateway, listener, stop)

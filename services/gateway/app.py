@@ -21,6 +21,7 @@ from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.journey import Journey
+from services.gateway.traces.routes import add_routes
 from shared.errors import BatonError, RequestError
 from shared.version import VERSION
 
@@ -105,6 +106,7 @@ def rest(gateway: Gateway) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    add_routes(app, gateway.traces)
     _document_hot_routes(app)
     document.describe(app, gateway.model)
     app.add_exception_handler(BatonError, _baton_error)

@@ -20,8 +20,11 @@ from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
 from services.gateway.prefixes import Prefixes
+from services.gateway.roster import Roster
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
+from services.gateway.traces.export import OtlpExport
+from services.gateway.traces.traces import Traces
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import (
@@ -60,8 +63,9 @@ class Gateway:
         metrics: Metrics,
         chores: Chores,
         access: Access | None = None,
+        export: OtlpExport | None = None,
     ) -> None:
-        """`access`: without it everybody is let in."""
+        """`access`: without it everybody is let in. `export`: takes the traces that are kept."""
         self.settings = settings
         self.model = model  # served name
         self.bus = bus
@@ -78,6 +82,8 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
+        self.roster = Roster()
+        self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -101,6 +107,7 @@ class Gateway:
     async def listen(self) -> None:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.traces.listen()
         await self.bus.flush()
 
     async def watch(self, incarnation: str, metrics_url: str) -> None:
@@ -120,6 +127,7 @@ class Gateway:
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
+                await self.traces.ask_for_held()
             await asyncio.sleep(BEAT_S)
 
     # ---- for admission and placement -----------------------------------------------------------------------
@@ -280,6 +288,7 @@ class Gateway:
         if isinstance(message, wire.Heartbeat):
             if message.id == self.settings.id:
                 self._heard_self_at = time.monotonic()
+            self.roster.hear(message, time.monotonic())
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
@@ -291,6 +300,10 @@ class Gateway:
             self.streams.put(message, now)
             self.fleet.report(message.worker, message.backlog, now)
             self.pump()
+
+    def _other_gateways(self) -> list[str]:
+        members = self.roster.live(time.monotonic(), "gateway")
+        return [member.id for member in members if member.id != self.settings.id]
 
     def _hears(self, now: float) -> bool:
         """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 
+import msgspec
 from opentelemetry import trace
 
 from services.gateway import genai
@@ -23,11 +24,14 @@ from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.leg import Leg
+from services.gateway.metrics import outcome
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
-from shared import telemetry, wire
+from services.gateway.traces.sampling import Ending
+from shared import wire
 from shared.errors import BatonError, Cancelled, Internal, Refused, Timeout
+from shared.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +83,8 @@ class Journey:
         """The boundary: whatever happens inside becomes an answer, a span and figures."""
         gateway, exchange = self._gateway, self._exchange
         gateway.join(self)
-        parent = telemetry.from_traceparent(exchange.traceparent)
         error: BatonError | None = None
-        with telemetry.tracer().start_as_current_span(
-            telemetry.GATEWAY_REQUEST, context=parent, kind=trace.SpanKind.SERVER
-        ) as span:
+        with gateway.traces.request(exchange.traceparent) as span:
             try:
                 await self._travel()
             except BatonError as failed:
@@ -98,14 +99,41 @@ class Journey:
                 gateway.leave(self)
                 self._settle(error)
             if error is not None:
-                span.set_attributes(genai.error(error.code))
-                span.set_status(trace.StatusCode.ERROR, error.code)
+                if span is not None:
+                    span.set_attributes(genai.error(error.code))
+                    span.set_status(trace.StatusCode.ERROR, error.code)
                 if isinstance(error, Refused):
                     queued_s = max(course.spent_s.get(State.QUEUED, 0.0) for course in self._courses)
                     exchange.receipts[0].refused(queued_s)
+                    trace.get_current_span().add_event("shed", {"reason": error.code})
                 if not isinstance(error, Cancelled):
                     await exchange.fail(error)
         gateway.metrics.ended(error, self._tier, time.monotonic() - self._began)
+        if span is not None:
+            self._tell(span, error)
+
+    def _tell(self, span: Span, error: BatonError | None) -> None:
+        """What became of it, for its trace."""
+        receipt, target = self._exchange.receipt, self._gateway.settings.target(self._tier)
+        ttft_ms = receipt.actual_ttft_ms
+        ending = Ending(
+            outcome=outcome(error),
+            duration_s=time.monotonic() - self._began,
+            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
+            gap_s=max((leg.gap_s for leg in self._legs), default=None),
+            target_ttft_s=target.ttft_s,
+            target_itl_s=target.itl_s,
+            retries=receipt.retries,
+        )
+        self._gateway.traces.ended(
+            span,
+            ending,
+            lambda: msgspec.to_builtins(receipt),
+            request_id=self._exchange.request_id,
+            tier=self._tier,
+            tenant=self._client.tenant,
+            path=receipt.path,
+        )
 
     async def _travel(self) -> None:
         try:
@@ -129,7 +157,9 @@ class Journey:
     async def _edge(self) -> Asked:
         gateway, exchange, settings = self._gateway, self._exchange, self._gateway.settings
         self._client = gateway.access.client(exchange.authorization)
-        trace.get_current_span().set_attribute("baton.tenant", self._client.tenant)
+        trace.get_current_span().set_attributes(
+            {"baton.tenant": self._client.tenant, "baton.request_id": exchange.request_id}
+        )
         data = await exchange.body()
         body = await pieces.read(
             self._kind, data, model=gateway.model, max_n=settings.max_n, max_prompts=settings.max_prompts
@@ -152,6 +182,7 @@ class Journey:
                 response_id=self._response_id(),
             )
         )
+        trace.get_current_span().set_attribute("baton.tier", self._tier)
         packed = [wire.pack_tokens(tokens) for tokens in named.values()]
         salt = self._client.salt(settings.tenant_secret)
         hits = [await gateway.prefixes.hits(tokens, salt) for tokens in packed]

@@ -10,10 +10,13 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from opentelemetry import trace
+from opentelemetry.util.types import AttributeValue
+
 from services.gateway.answer import Answer
 from services.gateway.edge.render import Usage
 from services.gateway.gateway import Gateway
-from services.gateway.placement import Wish
+from services.gateway.placement import Placement, Wish
 from services.gateway.prefilling import NoPrefill, Prefilling
 from services.gateway.queue import Seat, Waiting
 from services.gateway.receipt import Receipt
@@ -96,6 +99,11 @@ class Leg:
         return self._sent.count
 
     @property
+    def gap_s(self) -> float:
+        """Between two tokens, on average; 0 for fewer than two."""
+        return (self._last_token_at - self.first_token_at) / max(1, self._sent.count - 1)
+
+    @property
     def began(self) -> bool:
         """A worker was asked."""
         return self._tries.attempt >= 0
@@ -146,6 +154,7 @@ class Leg:
         seat = await self._gateway.seating.take(waiting, tries.last_busy)
         self._promised_s = self._promised_s or waiting.expected_s
         self._receipt.placed(seat.placement, self._promised_s)
+        self._note("placed", **placed(seat.placement))
         return seat
 
     # ---- 5 to 8: reserve, prefill, decode, stream ----------------------------------------------------------
@@ -249,6 +258,7 @@ class Leg:
             self._gateway.metrics.gap(now - last)
             return
         self.first_token_at = now
+        self._note("first_token")
         self._receipt.first_token(self._course, ttft_s=now - self._began, prefilled_at=prefilled_at)
         self._gateway.metrics.first_token(now - self._began)
         if self._waiting is not None and not self._tries.lost:
@@ -263,6 +273,7 @@ class Leg:
         tries, gateway = self._tries, self._gateway
         tries.busy += 1
         tries.last_busy = busy.reason
+        self._note("busy", worker=busy.worker, reason=busy.reason)
         tries.avoid[busy.worker] = gateway.fleet.beats(busy.worker)
         if tries.busy > MAX_BUSY and not self._sent.has_begun:
             raise gateway.seating.refusal(busy.reason)
@@ -278,13 +289,15 @@ class Leg:
         if tries.lost >= MAX_ATTEMPTS:
             raise error
         self._receipt.retries += 1
+        worker = seat.placement.decode
         if isinstance(error, NoPrefill):
             self._wish = replace(self._wish, whole="prefill_failed")
-            gateway.metrics.retried("prefill")
+            phase = "prefill"
         else:
-            worker = seat.placement.decode
             tries.avoid[worker] = gateway.fleet.beats(worker)
-            gateway.metrics.retried("resume" if self._sent.has_begun else "decode")
+            phase = "resume" if self._sent.has_begun else "decode"
+        gateway.metrics.retried(phase)
+        self._note("resume" if phase == "resume" else "retry", phase=phase, worker=worker, reason=error.code)
         if self._sent.has_begun:
             ways = {"by_prompt": self._by_prompt, "forces": gateway.fleet.has_forcing()}
             self._load = self._original.after(*self._sent.resume(**ways))
@@ -308,5 +321,21 @@ class Leg:
         completion = self._sent.count if resumed else decode.completion_tokens or stream.tokens
         return Usage(prompt=prompt, completion=completion, cached=cached)
 
+    def _note(self, event: str, **attributes: AttributeValue) -> None:
+        """On the request's span."""
+        trace.get_current_span().add_event(event, attributes)
+
     def _left_s(self) -> float:
         return max(0.1, self._gateway.settings.request_s - (time.monotonic() - self._began))
+
+
+def placed(placement: Placement) -> dict[str, AttributeValue]:
+    """For a span."""
+    predicted_s = placement.predicted_ttft_s
+    return {
+        "path": placement.path,
+        "reason": placement.reason,
+        "prefill": placement.prefill or "",
+        "decode": placement.decode,
+        **({} if predicted_s is None else {"predicted_ttft_ms": round(predicted_s * 1000, 1)}),
+    }

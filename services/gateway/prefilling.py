@@ -9,6 +9,8 @@ import asyncio
 import logging
 import time
 
+from opentelemetry import trace
+
 from services.gateway.fleet import Charge
 from services.gateway.gateway import Gateway
 from services.gateway.queue import Seat
@@ -64,7 +66,7 @@ class Prefilling:
                 return
             except BatonError as error:
                 log.info("request %s: prefill at %s ended with %s", self._job.request, worker, error.code)
-                self._leave(worker)
+                self._leave(worker, error.code)
             else:
                 if isinstance(reply, wire.PrefillDone):
                     self.done = reply
@@ -94,12 +96,13 @@ class Prefilling:
             gateway.fleet.settle(charge)
             gateway.pump()
 
-    def _leave(self, worker: str) -> None:
+    def _leave(self, worker: str, reason: str) -> None:
         """It may have answered with an error, or not at all: then it must not go on for nobody."""
         self._tried.add(worker)
         self._asking = None
         self._gateway.cancel(worker, self._job.request, self._job.attempt)
         self._gateway.metrics.retried("prefill")
+        trace.get_current_span().add_event("retry", {"phase": "prefill", "worker": worker, "reason": reason})
         self._receipt.retries += 1
 
     async def _next(self, last: str, until: float) -> str | None:

@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import uuid
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from shared.probes import Probes
 from shared.process_metrics import watch_process
 from shared.redis_login import check_login
 from shared.settings import KvSettings
+from shared.span_sender import SpanSender
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +43,8 @@ def main() -> int:
         settings = configuration.load(KvSettings)
         telemetry.start_logs("kv", settings.id, log_format=settings.log_format, level=settings.log_level)
         log.info("settings %s", configuration.shown(settings))
-        provider = telemetry.start("kv", settings.id)
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(serve(settings))
-        finally:
-            provider.shutdown()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(settings))
     except SettingsError as error:
         sys.stderr.write(f"kv_transfer: {error}\n")
         return 2
@@ -68,6 +66,8 @@ async def serve(settings: KvSettings) -> None:
         watch_process(registry)
         LoopLag(registry).start()
         metrics = KvMetrics(registry, store)
+        spans = SpanSender("kv", settings.id, registry)
+        telemetry.start(enabled=settings.telemetry == "on").others = spans.take
         probes = Probes(registry, lambda: "stopping" if stop.is_set() else None)
         await probes.start(settings.probe_host, settings.probe_port)
         stack.push_async_callback(probes.close)
@@ -104,7 +104,7 @@ async def serve(settings: KvSettings) -> None:
         await service.serve()
         gc.freeze()  # what is here by now stays: a full collection pauses long enough to be noticed
         log.info("ready: arena %s of %.2f GiB on %s", arena.name, arena.size_bytes / 2**30, settings.kv_socket)
-        await run_until(stop, service, index)
+        await run_until(stop, service, index, spans.run(bus, settings.cluster))
 
 
 def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> None:
@@ -115,10 +115,15 @@ def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> 
     metrics.gauge("baton_kv_bad_messages", "Bus messages that broke their handler", lambda: bus.bad_messages)
 
 
-async def run_until(stop: asyncio.Event, service: BusService, index: IndexWriter) -> None:
-    """Beat and write the index until asked to stop. Clients recompute what they cannot load, so nothing is drained."""
+async def run_until(
+    stop: asyncio.Event, service: BusService, index: IndexWriter, *others: Coroutine[None, None, None]
+) -> None:
+    """Beat, write the index and do what else there is until asked to stop.
+
+    Clients recompute what they cannot load, so nothing is drained.
+    """
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(service.beat_forever()), tasks.create_task(index.run())]
+        running = [tasks.create_task(work) for work in (service.beat_forever(), index.run(), *others)]
         await stop.wait()
         log.info("stopping")
         service.draining = True

@@ -32,6 +32,7 @@ class Lease:
     written: dict[int, int] = field(default_factory=dict)  # position -> bit set of the ranks that have committed it
     origins: dict[int, tuple["Lease", int]] = field(default_factory=dict)  # blocks lent by another lease: whose
     waits: set[Ticket] = field(default_factory=set)
+    ends_complete: bool = False  # nobody releases it
 
 
 @dataclass(slots=True, eq=False)

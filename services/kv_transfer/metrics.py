@@ -73,4 +73,6 @@ class _StoreCollector(Collector):
             limits.add_metric([name], limit)
         yield limits
         yield CounterMetricFamily("baton_kv_written_bytes", "Bytes committed", value=store.written_bytes)
+        yield CounterMetricFamily("baton_kv_kept_blocks", "Stored for the next turn", value=store.kept_blocks)
+        yield CounterMetricFamily("baton_kv_unkept_blocks", "Not stored: no room", value=store.unkept_blocks)
         yield CounterMetricFamily("baton_kv_evicted_blocks", "Blocks evicted for room", value=store.evicted_blocks)

@@ -39,6 +39,7 @@ from shared.kv.messages import (
     Attached,
     Call,
     Commit,
+    Keep,
     Loaded,
     Ok,
     Refusal,
@@ -173,6 +174,8 @@ class KvServer:
             self._store.release(body.lease, now, who.session)
         elif isinstance(body, Commit) and who.kind == RANK:
             self._commit(who, body, now)
+        elif isinstance(body, Keep) and who.kind == RANK:
+            return self._store.keep(who.session, body, now)
         elif isinstance(body, Loaded) and who.kind == RANK:
             self._loaded(who, body)
         elif isinstance(body, Revoked) and who.kind == WATCH:
@@ -228,7 +231,7 @@ class KvServer:
         lease = self._store.find_lease(body.lease)
         before = self._store.written_bytes
         fresh = self._store.commit(who.session, who.rank, body, now)
-        if lease is not None:
+        if lease is not None and not lease.ends_complete:  # what is kept is no part of a request's time
             self._spans.committed(lease, fresh, self._store.written_bytes - before, body.started_ns)
 
     def _loaded(self, who: Attach, body: Loaded) -> None:

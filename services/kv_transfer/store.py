@@ -30,10 +30,11 @@ from services.kv_transfer.room import needs_none, shortage
 from services.kv_transfer.sessions import HOST, Sessions
 from services.kv_transfer.slots import NO_BLOCK, Blocks, Layout, Words, cut
 from shared.errors import BatonError, InvalidRequest, KvLost, KvMemory
-from shared.kv.messages import Attach, Commit, Geometry, Ready, Reserve, Reserved, Wait
+from shared.kv.messages import Attach, Commit, Geometry, Keep, Ready, Reserve, Reserved, Wait
 
 MAX_LEASES = 65536
 MAX_QUEUED = 256
+KEEP_TTL_S = 5.0  # until every rank has copied and committed what it keeps
 
 _LEASE, _QUEUE, _WAIT, _REVOKE = range(4)  # kinds of deadline
 
@@ -52,6 +53,8 @@ class Store:
         self.sessions = Sessions(node, self._recut)
         self.evicted_blocks = 0
         self.written_bytes = 0
+        self.kept_blocks = 0
+        self.unkept_blocks = 0
         self.blocks: Blocks | None = None  # None until the first rank has attached
         self._size_bytes = size_bytes
         self._words = words
@@ -143,6 +146,18 @@ class Store:
         self._deadlines.set((_QUEUE, call.lease), now + call.wait_s)
         return None
 
+    def keep(self, session_id: str, call: Keep, now: float) -> Reserved:
+        """Slots to write into, if nobody waits for room; to each rank the same. Raises KvMemory or KvLost."""
+        lease = self._leases.get(call.lease)
+        if lease is None:
+            lease = self._begin_to_keep(session_id, call, now)
+        elif lease.session != session_id or not lease.ends_complete:
+            raise InvalidRequest("a lease's id must be new")
+        slots, words = self._cut_blocks().shown(lease.blocks, [True] * len(lease.blocks))
+        answer = Reserved(slots=slots, words=words, committed=list(lease.ready))
+        self._end_if_kept(lease, now)
+        return answer
+
     def commit(self, session_id: str, rank: int, call: Commit, now: float) -> int:
         """One rank has written these positions; returns how many of them it had not committed before."""
         lease, blocks = self._writable(session_id, call)
@@ -160,6 +175,7 @@ class Store:
                 self._bind(lease, position, blocks)
         self.written_bytes += fresh * blocks.layout.slot_bytes
         self._resolve(lease)
+        self._end_if_kept(lease, now)
         self._admit(now)
         return fresh
 
@@ -243,6 +259,25 @@ class Store:
         self._deadlines.set((_LEASE, lease.id), now + call.ttl_s)
         slots, words = blocks.shown(found, [True] * len(found) if call.write else lease.ready)
         return Reserved(slots=slots, words=words, committed=list(lease.ready))
+
+    def _begin_to_keep(self, session_id: str, call: Keep, now: float) -> Lease:
+        session = self.sessions.get(session_id)
+        if session.hosts == 0:
+            raise KvLost("the worker's host has gone")
+        reserve = Reserve(lease=call.lease, request=call.request, keys=call.keys, write=True, ttl_s=KEEP_TTL_S)
+        missing, room = shortage(reserve, self._check_reserve(reserve), self._claims)
+        if missing and (self._queue or missing > room):
+            self.unkept_blocks += missing
+            raise KvMemory(f"{missing} blocks are to be kept, and {0 if self._queue else room} can be had")
+        self._grant(session, reserve, now)
+        lease = self._leases[call.lease]
+        lease.ends_complete = True
+        self.kept_blocks += missing
+        return lease
+
+    def _end_if_kept(self, lease: Lease, now: float) -> None:
+        if lease.ends_complete and lease.missing == 0:
+            self._end(lease, now)
 
     def _obtain(self, lease: Lease, position: int, key: bytes, call: Reserve, blocks: Blocks) -> int:
         claim = self._claims.set_aside(call, key)

@@ -32,8 +32,19 @@ class Save:
     pages: list[Page]
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Store the full blocks of a request that has ended, for the next turn; its pages are held until that is done."""
+
+    request: str  # the engine's id
+    salt: bytes
+    tokens: bytes  # packed; of whole blocks
+    block_ids: list[int]  # the engine's pages, from the first block on
+
+
 @dataclass
 class StepPlan:
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    keeps: list[Keep] = field(default_factory=list)
     idle: bool = False  # nothing is computed in this step, so a load may be waited for

@@ -2,16 +2,17 @@
 
 Invariants: no I/O; a request's loads are planned once an allocation, again after a preemption, never again after one
 failed; a block is saved once per lease, in the step that completes it. Reservations are made before the engine sees
-a request, so nothing here waits.
+a request, so nothing here waits. What is kept of ended requests is bounded in blocks, since their pages are held.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
-from shared.kv.copies import Load, Page, Save, StepPlan
+from shared import wire
+from shared.kv.copies import Keep, Load, Page, Save, StepPlan
 from shared.worker.engine import KvPlan
 
 
@@ -24,18 +25,28 @@ class _Tracked:
     loaded_tokens: int = 0
     recomputed_tokens: int = 0
     computed_tokens: int = 0  # prompt tokens that steps were scheduled for
+    unkept_tokens: int = 0
 
 
 class CopyPlanner:
     """All state is keyed by the engine's request ids and dropped in `finished`, except unsaved blocks, by lease."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, keep_limit: int) -> None:
+        """`keep_limit`: pages that may be held for ended requests at once, beyond those of one."""
         self._block_size = block_size
+        self._keep_limit = keep_limit
         self._requests: dict[str, _Tracked] = {}
         # Children of one request (n > 1) share a lease: the first to compute a block saves it.
         self._unsaved: dict[str, set[int]] = {}
         self._lease_users: dict[str, int] = {}
         self._loads: list[Load] = []
+        self._keeps: list[Keep] = []
+        self._kept: dict[str, int] = {}  # pages held, by ended request
+
+    @property
+    def is_keeping(self) -> bool:
+        """Pages of ended requests are held."""
+        return bool(self._kept)
 
     def track(self, request_id: str, params: KvPlan | dict[str, Any] | None, prompt_tokens: int) -> None:
         """Remember a new request that came with a KvPlan. Raises msgspec.ValidationError for a malformed one."""
@@ -95,7 +106,8 @@ class CopyPlanner:
             if save.pages:
                 saves.append(save)
         loads, self._loads = self._loads, []
-        return StepPlan(loads=loads, saves=saves, idle=idle)
+        keeps, self._keeps = self._keeps, []
+        return StepPlan(loads=loads, saves=saves, keeps=keeps, idle=idle)
 
     def _complete_blocks(
         self, tracked: _Tracked, computed_tokens: int, request_id: str, blocks_of: Callable[[str], list[int]]
@@ -130,6 +142,28 @@ class CopyPlanner:
                 tracked.loaded_tokens -= lost
             tracked.loading = {}
 
+    def keep(self, request_id: str, tokens: Sequence[int], computed_tokens: int, block_ids: list[int]) -> bool:
+        """Before `finished`, of a request that ended well: plan to store its full blocks for the next turn.
+
+        Returns whether its pages must be held until `keeps_ended` names it.
+        """
+        tracked = self._requests.get(request_id)
+        full = computed_tokens // self._block_size
+        if tracked is None or not tracked.plan.keep or full <= tracked.prompt_tokens // self._block_size:
+            return False
+        if self._kept and sum(self._kept.values()) + full > self._keep_limit:
+            tracked.unkept_tokens = full * self._block_size - tracked.prompt_tokens
+            return False
+        self._kept[request_id] = full
+        packed = wire.pack_tokens(list(tokens[: full * self._block_size]))
+        self._keeps.append(Keep(request_id, bytes.fromhex(tracked.plan.salt), packed, block_ids[:full]))
+        return True
+
+    def keeps_ended(self, request_ids: Iterable[str]) -> None:
+        """Their pages are stored, or nowhere to be stored."""
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
+
     def finished(self, request_id: str) -> dict[str, Any] | None:
         """Forget a request. Returns what its output carries back to the host (see EngineDelta)."""
         tracked = self._requests.pop(request_id, None)
@@ -145,4 +179,5 @@ class CopyPlanner:
             "loaded_tokens": tracked.loaded_tokens,
             "recomputed_tokens": tracked.recomputed_tokens,
             "computed_tokens": tracked.computed_tokens,
+            "unkept_tokens": tracked.unkept_tokens,
         }

@@ -5,7 +5,7 @@ more connections that share a `session`; the closing of them all is the crash si
 
 Kinds of connection
   host   the worker's asyncio process: reserves, waits, releases; owns leases
-  rank   one engine rank's command channel: commits and reports loads, one call at a time
+  rank   one engine rank's command channel: commits, keeps and reports loads, one call at a time
   watch  one engine rank's second channel: the store pushes `Revoke`, the rank calls `Revoked` when no copy under
          that lease runs any more, and never starts one again
 """
@@ -57,6 +57,18 @@ class Reserve(Body, frozen=True):
     wait_s: float = 0.0  # how long to queue for room before KvMemory
     take_from: str = ""
     traceparent: str = ""
+
+
+class Keep(Body, frozen=True):
+    """Slots for the blocks of a request that has ended, or KvMemory; never waits, nor takes room that others wait for.
+
+    Every rank asks, with the same lease and keys, and gets the same answer. The lease ends when all blocks are
+    committed, or soon.
+    """
+
+    lease: str  # unique for ever
+    request: str
+    keys: list[bytes]
 
 
 class Commit(Body, frozen=True):
@@ -154,7 +166,7 @@ class Unhealthy(Body, frozen=True):
     reason: str
 
 
-AnyCall = Attach | Reserve | Commit | Wait | Release | Loaded | Revoked
+AnyCall = Attach | Reserve | Keep | Commit | Wait | Release | Loaded | Revoked
 AnyAnswer = Attached | Reserved | Ready | Ok | Refusal
 AnyPush = Revoke | Unhealthy
 

@@ -27,7 +27,20 @@ from typing import TypeVar
 import msgspec
 
 from shared.errors import BatonError, KvLost, from_wire
-from shared.kv.messages import AnyCall, Attached, Body, Commit, Geometry, Loaded, Ok, Refusal, Revoke, Revoked
+from shared.kv.messages import (
+    AnyCall,
+    Attached,
+    Body,
+    Commit,
+    Geometry,
+    Keep,
+    Loaded,
+    Ok,
+    Refusal,
+    Reserved,
+    Revoke,
+    Revoked,
+)
 from shared.kv.rank_link import RankLink, is_fatal, open_link, read_answer
 
 log = logging.getLogger(__name__)
@@ -36,6 +49,7 @@ REMEMBERED_REVOKES = 65536
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 2.0
 REPORTS = 256  # at once: some 30 bytes of answer each
+KEEP_KEYS = 1024  # at once, so that both ends' buffers hold calls and answers
 
 T = TypeVar("T")
 
@@ -130,6 +144,21 @@ class RankClient:
     def commit(self, lease: str, blocks: list[int], checksums: list[int], started_ns: int = 0) -> None:
         """This rank has written these positions of the lease. Raises KvLost when lease or store is gone."""
         self._call(Commit(lease=lease, blocks=blocks, checksums=checksums, started_ns=started_ns))
+
+    def keep(self, call: Keep) -> Reserved:
+        """Slots for what an ended request leaves. Raises KvMemory, or KvLost."""
+        return self._over_the_link(lambda link: link.call(call, Reserved))
+
+    def keep_all(self, calls: Sequence[Keep]) -> list[Reserved | BatonError]:
+        """Many `keep` at once, each with its answer. Raises KvLost when the store is away."""
+        found: list[Reserved | BatonError] = []
+        part: list[Keep] = []
+        for call in calls:
+            if part and sum(len(asked.keys) for asked in part) + len(call.keys) > KEEP_KEYS:
+                found += map(_reserved, self._call_all(part))
+                part = []
+            part.append(call)
+        return found + ([_reserved(body) for body in self._call_all(part)] if part else [])
 
     def loaded(self, lease: str, *, blocks: int, failed: int, started_ns: int, ended_ns: int) -> None:
         """Report copies out of the arena, for metrics and traces. Raises KvLost when the store is gone."""
@@ -270,3 +299,9 @@ class RankClient:
                 log.info("kv: attached again, to %s", attached.arena)
                 return True
         return False
+
+
+def _reserved(body: Body) -> Reserved | BatonError:
+    if isinstance(body, Reserved):
+        return body
+    return from_wire(body.code, body.message) if isinstance(body, Refusal) else KvLost("the store answered otherwise")

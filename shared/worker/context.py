@@ -55,3 +55,4 @@ class WorkerContext:
         sources.labels(source="node").inc(delta.loaded_tokens)
         sources.labels(source="engine").inc(max(0, delta.cached_tokens - delta.loaded_tokens))
         self.metrics.recomputed_tokens.inc(delta.recomputed_tokens)
+        self.metrics.unkept_tokens.inc(delta.unkept_tokens)

@@ -50,7 +50,8 @@ class DecodeHandler:
         self._running += 1
         try:
             with telemetry.tracer().start_as_current_span(telemetry.DECODE_JOB, context=parent) as span:
-                span.set_attribute("baton.worker", context.id)
+                span.set_attributes({"baton.worker": context.id, "baton.attempt": job.attempt})
+                span.set_attribute("gen_ai.usage.input_tokens", len(job.tokens) // wire.TOKEN_BYTES)
                 async with asyncio.timeout(job.timeout_s):
                     await _Run(context, job, stream, accepted).go()
         except KvMemory:
@@ -169,6 +170,8 @@ class _Run:
             load=load,
             save=not job.prefill,
             write=[] if job.prefill else [not committed for committed in found.committed],
+            keep=True,
+            salt=job.salt.hex(),
         )
 
     async def _generate(self, plan: KvPlan | None) -> None:

@@ -13,7 +13,8 @@ class KvPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `slots[i]` and `words[i]` belong to block i. The first `load` blocks are committed: copied into the engine's pages
     instead of being computed, unless the engine has them itself. With `save`, blocks for which `write[i]` is true are
-    copied out and committed as soon as they are computed.
+    copied out and committed as soon as they are computed. With `keep`, all full blocks, those of generated tokens too,
+    are stored when the request has ended, if there is room: the next turn begins with them.
     """
 
     arena: str
@@ -23,6 +24,8 @@ class KvPlan(msgspec.Struct, frozen=True, kw_only=True):
     load: int = 0
     save: bool = False
     write: list[bool] = []
+    keep: bool = False
+    salt: str = ""  # the tenant's, as hex: names the blocks that are kept
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +52,7 @@ class EngineDelta(msgspec.Struct, frozen=True, kw_only=True):
     loaded_tokens: int = 0  # of those, copied out of the node's store; with the last delta
     computed_tokens: int | None = None  # prompt tokens that this engine's steps computed; with the last delta, if known
     recomputed_tokens: int = 0  # promised by the KvPlan and computed after all; with the last delta
+    unkept_tokens: int = 0  # not stored for the next turn: too many were waiting for that; with the last delta
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

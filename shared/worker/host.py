@@ -27,6 +27,7 @@ from shared.kv.client import KvClient
 from shared.loop_lag import LoopLag
 from shared.probes import Probes
 from shared.settings import WorkerSettings, load, served_name, shown
+from shared.span_sender import SpanSender
 from shared.version import VERSION
 from shared.worker.batches import Batches
 from shared.worker.context import WorkerContext
@@ -78,14 +79,15 @@ class Worker:
         self._silent_s = 0.0  # the engine, by the last look
         self._metrics = WorkerMetrics()
         self._gateways = Gateways(settings.id)
+        self._spans = SpanSender(role, settings.id, self._metrics.registry)
 
     async def run(self) -> int:
         """Returns the exit code."""
         settings = self._settings
         log.info("settings: %s", shown(settings))
-        provider = telemetry.start(self._role, settings.id)
+        recorder = telemetry.start(enabled=settings.telemetry == "on")
+        recorder.others = self._spans.take
         async with AsyncExitStack() as stack:
-            stack.callback(provider.shutdown)
             LoopLag(self._metrics.registry).start()
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
@@ -176,6 +178,7 @@ class Worker:
             running = [
                 tasks.create_task(context.batches.run()),
                 tasks.create_task(self._watch(bus, context)),
+                tasks.create_task(self._spans.run(bus, cluster)),
             ]
             # Both handlers always run: a role is what is advertised.
             decode = DecodeHandler(context, context.engine.info.max_running + settings.max_waiting)
@@ -206,6 +209,7 @@ class Worker:
                 await self._drain(context)
             for task in running:
                 task.cancel()
+            await self._spans.flush(bus, cluster)
 
     async def _drain(self, context: WorkerContext) -> None:
         """Refuse new jobs, let the running ones end within the grace period, end the rest with a clear error."""

@@ -22,6 +22,11 @@ class WorkerMetrics:
             "Prompt tokens that a hand-off or a cache had promised and this engine computed after all",
             registry=self.registry,
         )
+        self.unkept_tokens = Counter(
+            "baton_kv_unkept_tokens",
+            "Generated tokens that were not stored for the next turn: too many waited for that",
+            registry=self.registry,
+        )
         self.batch_size = Histogram(
             "baton_batch_size",
             "Rows in a TokenBatch: sequences that got a token in one step",

@@ -39,5 +39,5 @@ class Neighbours:
             other, worker = next(iter(self._models.items()))
             raise SettingsError(
                 f"setting 'served_model_name': {worker} serves {other!r} and this worker would serve {model!r}: "
-                "give all of a cluster the same BATON_MODEL and BATON_SERVED_MODEL_NAME, or this one its own BATON_CLUSTER"
+                "give all of them the same BATON_MODEL and BATON_SERVED_MODEL_NAME, or this one another BATON_CLUSTER"
             )

@@ -36,8 +36,8 @@ class PrefillHandler:
         context.prompts.begin(key, tokens, time.monotonic())
         try:
             with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
-                span.set_attribute("baton.worker", context.id)
-                span.set_attribute("baton.prompt_tokens", tokens)
+                span.set_attributes({"baton.worker": context.id, "baton.attempt": job.attempt})
+                span.set_attribute("gen_ai.usage.input_tokens", tokens)
                 return await context.jobs.run(key, self._run(job), job.gateway)
         except KvMemory:
             return wire.Busy(reason=KvMemory.code, backlog=context.backlog())

@@ -340,6 +340,7 @@ def to_deltas(output: "RequestOutput") -> list[EngineDelta]:
                 computed_tokens=carried.get("computed_tokens"),
                 loaded_tokens=carried.get("loaded_tokens", 0),
                 recomputed_tokens=carried.get("recomputed_tokens", 0),
+                unkept_tokens=carried.get("unkept_tokens", 0),
             )
         )
     return deltas

@@ -320,6 +320,57 @@ async def test_a_loaded_request_may_be_preempted(bench: Bench) -> None:
     assert bench.writer.load().preemptions > before
 
 
+# ---- the next turn ---------------------------------------------------------------------------------------------------
+
+
+async def kept_plan(bench: Bench, tokens: list[int], blocks: int) -> KvPlan:
+    """To load so many blocks of these tokens, as soon as they are in the store."""
+    async with asyncio.timeout(30):
+        while True:
+            lease, slots = await bench.reserve(tokens[: blocks * BLOCK], write=False)
+            if all(slots.committed):
+                return bench.plan(lease, slots, save=False)
+            await bench.reader_kv.release(lease)
+
+
+def keeping(plan: KvPlan) -> KvPlan:
+    return msgspec.structs.replace(plan, keep=True)
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(50, 60), (BLOCK, 2 * BLOCK + 1), (3 * BLOCK - 1, 2), (200, 500)])
+async def test_the_next_turn_finds_what_was_said(bench: Bench, prompt: int, output: int) -> None:
+    first = prompt_of(prompt, 120)
+    said = (await bench.say(bench.reader, first, greedy(output), keeping(await bench.saved_plan(first)))).tokens
+    blocks = (prompt + output - 1) // BLOCK  # the token sampled last was never computed
+    turn = first + said + prompt_of(9, 121)
+    split = await bench.say(bench.reader, turn, GREEDY, await kept_plan(bench, turn, blocks))
+    assert (split.last.loaded_tokens, split.last.recomputed_tokens) == (blocks * BLOCK, 0)
+    assert split.last.computed_tokens == len(turn) - blocks * BLOCK
+    assert split.tokens == (await bench.say(bench.reader, turn, GREEDY)).tokens
+
+
+async def test_much_is_kept_while_pages_are_scarce(bench: Bench) -> None:
+    """The writer's pages are given out again as soon as they are free: what it keeps must be copied before."""
+    prompts = [prompt_of(200, 130 + n) for n in range(8)]
+    whole = [(await bench.say(bench.reader, prompt, greedy(100))).tokens for prompt in prompts]
+    plans = [keeping(await bench.saved_plan(prompt)) for prompt in prompts]
+    got = await asyncio.gather(
+        *(bench.say(bench.writer, prompt, greedy(100), plan) for prompt, plan in zip(prompts, plans, strict=True))
+    )
+    assert [said.tokens for said in got] == whole
+    turns = 0
+    for prompt, said in zip(prompts, got, strict=True):
+        if said.last.unkept_tokens:
+            continue
+        turn = [*prompt, *said.tokens, 97]
+        split = await bench.say(bench.reader, turn, greedy(8), await kept_plan(bench, turn, 299 // BLOCK))
+        assert split.last.loaded_tokens == 299 // BLOCK * BLOCK
+        assert split.tokens == (await bench.say(bench.reader, turn, greedy(8))).tokens
+        turns += 1
+    assert turns, "nothing was kept"
+    await bench.until(lambda: _is_idle(bench), "no page is held")
+
+
 # ---- teeth -----------------------------------------------------------------------------------------------------------
 
 

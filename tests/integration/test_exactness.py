@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from tests.support.cluster import Cluster, running_cluster
+from tests.support.disturbed import until
 from tests.support.exact import (
     BLOCK,
     ENGINE,
+    KEPT_S,
     MAX_LEN,
     MODEL,
     assert_idle,
@@ -232,6 +234,34 @@ def test_the_hand_off_is_real(cluster: Cluster) -> None:
     slot_bytes = 4 * 2 * 2 * 64 * BLOCK * 4  # layers, K and V, KV heads, head size, tokens, float32
     blocks = sum(-(-(length - 1) // BLOCK) for length in lengths)  # the last token is computed
     assert grown('baton_kv_moved_bytes_total{path="local"}', store_after, store_before) == blocks * slot_bytes
+
+
+def test_three_turns(cluster: Cluster) -> None:
+    """Each turn begins with the ids of all before it: every full block of those is there, and the text is the same."""
+    client, kept = cluster.client(), cluster.meter("kv", "baton_kv_kept_blocks_total")
+
+    def say(tokens: list[int], **more: Any) -> tuple[list[int], int]:
+        answer = client.completions.create(
+            model=MODEL, prompt=tokens, temperature=0, max_tokens=100, extra_body={"return_token_ids": True, **more}
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        return token_ids(answer.choices[0]), answer.usage.prompt_tokens_details.cached_tokens or 0
+
+    tokens, held = tokens_of(prompt_of(70, 7)), 0
+    for turn in range(3):
+        before = kept()
+        said, cached = say(tokens)
+        assert cached == held * BLOCK
+        tokens, held = tokens + said, (len(tokens) + len(said) - 1) // BLOCK  # the last one's KV was never computed
+        new = held - (len(tokens) - len(said)) // BLOCK
+        until(lambda least=before + new: kept() >= least, f"turn {turn} is kept", KEPT_S)
+        assert kept() == before + new
+        tokens += tokens_of(prompt_of(45, 8 + turn))
+    said, cached = say(tokens)
+    assert (len(said), cached) == (100, held * BLOCK)
+    # Asked for its log probabilities too, the whole prompt is computed.
+    assert say(tokens, prompt_logprobs=0) == (said, 0)
 
 
 def test_nothing_is_held_when_idle(cluster: Cluster) -> None:

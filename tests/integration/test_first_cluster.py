@@ -7,10 +7,13 @@ import pytest
 
 from loadtest.cluster.otlp import Receiver, Span
 from tests.support.cluster import Cluster, running_cluster
+from tests.support.disturbed import until
+from tests.support.exact import KEPT_S
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 MODEL = "baton-demo"
+PAGE = 128  # tokens in a block of vLLM's own choice
 QUESTION = [{"role": "user", "content": "What is Baton?"}]
 # span -> (the service that makes it, its parent)
 TREE = {
@@ -73,6 +76,26 @@ def test_openai_client_streamed(cluster: Cluster) -> None:
         update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
     )
     assert len(chunks) > 5, "it came in one piece"
+
+
+def test_the_next_turn_of_a_chat_computes_only_what_is_new(cluster: Cluster) -> None:
+    """The words of an answer, sent back as a message, are the tokens that were generated."""
+    client, kept = cluster.client(), cluster.meter("kv", "baton_kv_kept_blocks_total")
+    # The first answer ends the block that the question has begun.
+    messages = [{"role": "user", "content": "What is Baton?" + " so" * (PAGE - 10)}]
+    before = kept()
+    first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0)
+    assert first.usage is not None
+    assert PAGE - 8 < first.usage.prompt_tokens < PAGE < first.usage.total_tokens
+    until(lambda: kept() > before, "the turn is kept", KEPT_S)
+    messages += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "What is a KV block?"},
+    ]
+    second = client.chat.completions.create(model=MODEL, messages=messages, temperature=0)
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens == PAGE
 
 
 def test_status(cluster: Cluster) -> None:

@@ -24,7 +24,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.blocks)
-        self.planner = CopyPlanner(BLOCK)
+        self.planner = CopyPlanner(BLOCK, keep_limit=0)
         self.contents = Contents("test", BLOCK)
         limits = Limits(max_running=self.running, token_budget=self.budget, prefix_caching=self.caching)
         self.scheduler = Scheduler(limits, self.pool, self.planner, self.contents)
@@ -174,7 +174,12 @@ def test_a_load_takes_its_blocks_and_waits_beside_the_queue() -> None:
     assert [bench.pool.fills[block] for block in loading.blocks] == [4, 4, 2]
     assert shown(bench.step()) == ["a 9-10"]
     assert loading.cached == 9
-    assert bench.scheduler.end(loading) == {"loaded_tokens": 9, "recomputed_tokens": 0, "computed_tokens": 1}
+    assert bench.scheduler.end(loading) == {
+        "loaded_tokens": 9,
+        "recomputed_tokens": 0,
+        "computed_tokens": 1,
+        "unkept_tokens": 0,
+    }
 
 
 def test_a_failed_load_is_computed_from_the_first_bad_block_on() -> None:
@@ -184,7 +189,12 @@ def test_a_failed_load_is_computed_from_the_first_bad_block_on() -> None:
     bench.scheduler.loaded("a", {loading.blocks[1]})
     assert [bench.pool.fills[block] for block in loading.blocks] == [4, 0, 0]
     assert shown(bench.step()) == ["a 4-10"]
-    assert bench.scheduler.end(loading) == {"loaded_tokens": 4, "recomputed_tokens": 5, "computed_tokens": 6}
+    assert bench.scheduler.end(loading) == {
+        "loaded_tokens": 4,
+        "recomputed_tokens": 5,
+        "computed_tokens": 6,
+        "unkept_tokens": 0,
+    }
 
 
 def test_a_load_that_failed_altogether_begins_anew() -> None:

@@ -6,9 +6,9 @@ import pytest
 
 from services.kv_transfer.leases import Answered, ArenaCut, Bound, Evicted, HostClosed, RevokeAsked, SessionUnhealthy
 from services.kv_transfer.slots import PAGE_BYTES, WORD_BYTES
-from services.kv_transfer.store import MAX_QUEUED, Store
+from services.kv_transfer.store import KEEP_TTL_S, MAX_QUEUED, Store
 from shared.errors import InvalidRequest, KvLost, KvMemory, KvMismatch
-from shared.kv.messages import Attach, Commit, Geometry, Ready, Reserve, Reserved, Wait
+from shared.kv.messages import Attach, Commit, Geometry, Keep, Ready, Reserve, Reserved, Wait
 
 SLOT_BYTES = 4096
 
@@ -72,12 +72,23 @@ def fill(store: Store, worker: str, lease: str, names: list[bytes]) -> None:
     store.release(lease, 0.0)
 
 
+def fill_ranks(store: Store, worker: str, lease: str, names: list[bytes]) -> None:
+    reserve(store, worker, lease, names)
+    for rank in range(2):
+        commit(store, worker, lease, *range(len(names)), rank=rank)
+    store.release(lease, 0.0)
+
+
 def states(store: Store) -> dict[str, int]:
     return {state: count for state, count in store.counts().items() if count}
 
 
 def answers(store: Store) -> dict[Any, Any]:
     return {event.ticket: event.answer for event in store.take_events() if isinstance(event, Answered)}
+
+
+def keep(store: Store, worker: str, lease: str, names: list[bytes], now: float = 0.0) -> Reserved:
+    return store.keep(worker, Keep(lease=lease, request="r", keys=names), now)
 
 
 # ---- reserving ------------------------------------------------------------------------------------------------
@@ -220,6 +231,63 @@ def test_a_block_is_committed_when_all_ranks_have_written() -> None:
     assert store.blocks is not None
     assert store.blocks.word(answer.slots[0] // 2) == answer.words[0] | 1
     assert store.written_bytes == 2 * SLOT_BYTES
+
+
+def test_what_is_kept_is_written_by_every_rank_and_then_nobodys() -> None:
+    store = make_store(blocks=4, ranks=2)
+    fill_ranks(store, "p", "a", keys("1"))
+    first, second = (keep(store, "d", "k", keys("1", "2", "3")) for _ in range(2))
+    assert first == second
+    assert first.committed == [True, False, False]
+    assert commit(store, "d", "k", 1, 2, rank=0) == 2
+    assert states(store) == {"pinned": 2, "reserved": 4, "free": 2}
+    assert commit(store, "d", "k", 1, 2, rank=1) == 2
+    assert states(store) == {"cached": 6, "free": 2}
+    assert store.held_prefix(keys("1", "2", "3")) == 3
+    assert (store.kept_blocks, store.unkept_blocks, store.gauges()["leases"]) == (2, 0, 0)
+
+
+def test_what_is_there_already_is_kept_without_a_lease() -> None:
+    store = make_store(blocks=4)
+    fill(store, "p", "a", keys("1", "2"))
+    assert keep(store, "d", "k", keys("1", "2")).committed == [True, True]
+    assert states(store) == {"cached": 2, "free": 2}
+
+
+def test_keeping_takes_no_room_that_is_held_or_waited_for() -> None:
+    store = make_store(blocks=4)
+    reserve(store, "p", "a", keys("1", "2", "3"))
+    with pytest.raises(KvMemory):
+        keep(store, "d", "k", keys("x", "y"))
+    assert reserve(store, "p", "b", keys("4", "5"), wait_s=10) is None
+    with pytest.raises(KvMemory):
+        keep(store, "d", "l", keys("x"))
+    assert store.unkept_blocks == 3
+    store.release("a", 0.0)
+    store.revoked("p", 0, "a", 0.0)
+    assert keep(store, "d", "m", keys("x")).committed == [False]
+
+
+def test_what_a_rank_does_not_finish_to_keep_is_given_back() -> None:
+    store = make_store(blocks=4)
+    keep(store, "d", "k", keys("1", "2"))
+    commit(store, "d", "k", 0)
+    store.advance(KEEP_TTL_S)
+    assert states(store) == {"revoked": 1, "cached": 1, "free": 2}
+    store.revoked("d", 0, "k", KEEP_TTL_S)
+    assert states(store) == {"cached": 1, "free": 3}
+
+
+def test_a_lease_is_kept_by_its_own_worker_and_only_as_such() -> None:
+    store = make_store(blocks=4)
+    keep(store, "d", "k", keys("1"))
+    reserve(store, "p", "r", keys("2"))
+    for worker, lease in (("p", "k"), ("p", "r")):
+        with pytest.raises(InvalidRequest):
+            keep(store, worker, lease, keys("1"))
+    leave(store, "d", kinds=("host",))
+    with pytest.raises(KvLost):
+        keep(store, "d", "l", keys("1"))
 
 
 def test_the_second_writer_of_a_key_gets_the_first_ones_slot() -> None:

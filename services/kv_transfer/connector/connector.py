@@ -1,7 +1,8 @@
 """vLLM's hooks, handed on to the side that they belong to. Nothing is decided here.
 
 Written against vLLM 0.32 (KVConnectorBase_V1). Loads are asynchronous, on a thread; saves are done by the time a step
-ends, so pages can be freed at once and `request_finished` never delays them.
+ends, so a prompt's pages can be freed at once. What a request has generated is kept for the next turn when it has
+ended, on that thread too: only then does `request_finished` delay the freeing of its pages.
 """
 
 import logging
@@ -14,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
 )
+from vllm.v1.request import RequestStatus
 
 from services.kv_transfer.connector.lifeline import die_with_parent
 from services.kv_transfer.connector.worker_side import WorkerSide
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 log = logging.getLogger(__name__)
+
+HELD_SHARE = 8  # one page in so many may be held for requests that have ended
 
 
 @dataclass
@@ -47,7 +51,9 @@ class BatonConnector(KVConnectorBase_V1):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         die_with_parent()
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = CopyPlanner(vllm_config.cache_config.block_size)
+            self._scheduler = CopyPlanner(
+                vllm_config.cache_config.block_size, keep_limit=kv_cache_config.num_blocks // HELD_SHARE
+            )
         else:
             if vllm_config.device_config.device_type == "cpu" and hasattr(torch.cpu, "_init_amx"):
                 # The attention kernel uses AMX tiles before anything has asked the kernel for them (SIGILL).
@@ -94,9 +100,19 @@ class BatonConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         self._scheduler.loads_ended(connector_output.finished_recving or (), connector_output.invalid_block_ids)
+        self._scheduler.keeps_ended(connector_output.finished_sending or ())
 
-    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
-        return False, self._scheduler.finished(request.request_id)
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        is_kept = False
+        if request.status in {RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED}:
+            # The token sampled last has no KV; under asynchronous scheduling more may be in flight than was sampled.
+            computed = min(request.num_computed_tokens, request.num_tokens - 1)
+            is_kept = self._scheduler.keep(request.request_id, request.all_token_ids, computed, block_ids)
+        return is_kept, self._scheduler.finished(request.request_id)
+
+    def has_pending_push_work(self) -> bool:
+        """An idle engine goes on stepping until the pages that are held can be freed."""
+        return self._scheduler.is_keeping
 
     # ---- worker side ----------------------------------------------------------------------------------------
 
@@ -104,7 +120,7 @@ class BatonConnector(KVConnectorBase_V1):
         self._worker.register(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        self._worker.start_loads(self._plan().loads)
+        self._worker.start(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: a request is not scheduled before its pages are filled."""
@@ -116,7 +132,8 @@ class BatonConnector(KVConnectorBase_V1):
         self._worker.save(self._plan().saves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        return None, self._worker.take_received(wait=self._plan().idle) or None
+        received, kept = self._worker.take_ended(wait=self._plan().idle)
+        return kept or None, received or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_invalid()

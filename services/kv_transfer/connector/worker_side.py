@@ -1,21 +1,25 @@
-"""The connector beside the model: copies pages out at the end of a step, and in on a loader thread.
+"""The connector beside the model: copies pages out at the end of a step, and in on a thread.
 
 Invariants: every load ends in exactly one completion; a page that could not be filled with what its slot promised is
 reported invalid with it, so the engine recomputes; no copy under a revoked lease starts.
 """
 
+import itertools
 import logging
 import queue
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from services.kv_transfer.connector.fingerprint import geometry_of
 from services.kv_transfer.connector.pages import open_pages
-from shared.errors import BatonError
+from shared.errors import BatonError, KvMemory
 from shared.kv.copier import Copier
-from shared.kv.copies import Load, Save
+from shared.kv.copies import Load, Save, StepPlan
+from shared.kv.keeping import Keeper
 from shared.kv.rank_client import RankClient
 
 if TYPE_CHECKING:
@@ -28,6 +32,15 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.002
 
 
+_STOP, _LOAD, _KEEP = range(3)
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    request: str
+    pieces: Iterator[None]
+
+
 class WorkerSide:
     """Owned by one engine rank; `save` and `take_*` are called on its main thread."""
 
@@ -37,19 +50,24 @@ class WorkerSide:
         self._kv_cache_config = kv_cache_config
         self._rank = vllm_config.parallel_config.rank
         self._client = RankClient(extra["socket"], session=extra["session"], worker=extra["worker"], rank=self._rank)
-        self._queue: queue.SimpleQueue[Load | None] = queue.SimpleQueue()
+        # Bounded by the engine's own requests. A load is on somebody's way to a first token, so it goes first.
+        self._queue: queue.PriorityQueue[tuple[int, int, Load | _Keeping | None]] = queue.PriorityQueue()
+        self._serial = itertools.count()
         self._done = threading.Condition()
         self._received: set[str] = set()
         self._invalid: set[int] = set()
         self._reported: set[int] = set()
-        self._loading = 0
-        self._thread = threading.Thread(target=self._load_forever, name="kv-loader", daemon=True)
+        self._kept: set[str] = set()
+        self._running = 0
+        self._thread = threading.Thread(target=self._run, name="kv-copies", daemon=True)
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach to the store. Raises KvMismatch or KvLost, which stops the engine's start with a clear line."""
         pages = open_pages(kv_caches)
-        self._client.attach(geometry_of(self._vllm_config, self._kv_cache_config, pages.slot_bytes, kv_caches))
+        geometry = geometry_of(self._vllm_config, self._kv_cache_config, pages.slot_bytes, kv_caches)
+        self._client.attach(geometry)
         self._copier = Copier(self._client, pages, self._rank)
+        self._keeper = Keeper(self._client, self._copier, geometry)
         self._thread.start()
 
     # ---- saving -----------------------------------------------------------------------------------------------
@@ -63,41 +81,72 @@ class WorkerSide:
             except BatonError as error:
                 log.warning("kv: %d blocks not saved: %s", len(save.pages), error.message)
 
-    # ---- loading ----------------------------------------------------------------------------------------------
+    # ---- loading, keeping -------------------------------------------------------------------------------------
 
-    def start_loads(self, loads: list[Load]) -> None:
+    def start(self, plan: StepPlan) -> None:
+        """Hand over to the thread."""
         with self._done:
-            self._loading += len(loads)
-        for load in loads:
-            self._queue.put(load)
+            self._running += len(plan.loads) + len(plan.keeps)
+        for load in plan.loads:
+            self._put(_LOAD, load)
+        for keep in plan.keeps:
+            self._put(_KEEP, _Keeping(keep.request, self._keeper.pieces(keep)))
 
-    def take_received(self, *, wait: bool) -> set[str]:
-        """Requests whose load has ended since the last call; `take_invalid` then tells of the same loads."""
+    def take_ended(self, *, wait: bool) -> tuple[set[str], set[str]]:
+        """Requests whose load has ended since the last call, and whose keeping has.
+
+        `take_invalid` then tells of the same loads.
+        """
         with self._done:
-            if wait and self._loading and not self._received:
+            if wait and self._running and not (self._received or self._kept):
                 self._done.wait(IDLE_WAIT_S)
             received, self._received = self._received, set()
+            kept, self._kept = self._kept, set()
             self._reported |= self._invalid
             self._invalid = set()
-            return received
+            return received, kept
 
     def take_invalid(self) -> set[int]:
         """Pages of the loads just taken that could not be filled."""
         reported, self._reported = self._reported, set()
         return reported
 
-    def _load_forever(self) -> None:
-        while (load := self._queue.get()) is not None:
+    def _put(self, order: int, work: "Load | _Keeping | None") -> None:
+        self._queue.put((order, next(self._serial), work))
+
+    def _run(self) -> None:
+        while (work := self._queue.get()[2]) is not None:
+            if isinstance(work, _Keeping):
+                self._go_on(work)
+                continue
             try:
-                invalid = self._load(load)
+                invalid = self._load(work)
             except Exception:  # the thread's boundary: a load that breaks must still end, as a recompute
                 log.exception("kv: load failed")
-                invalid = {page.block_id for page in load.pages}
+                invalid = {page.block_id for page in work.pages}
             with self._done:
                 self._invalid |= invalid
-                self._received.add(load.request)
-                self._loading -= 1
+                self._received.add(work.request)
+                self._running -= 1
                 self._done.notify_all()
+
+    def _go_on(self, keeping: "_Keeping") -> None:
+        """One piece; the next comes behind loads that have come meanwhile."""
+        try:
+            next(keeping.pieces)
+        except (StopIteration, KvMemory):
+            pass  # the store counts what found no room
+        except BatonError as error:
+            log.warning("kv: not all is kept: %s", error.message)
+        except Exception:  # the thread's boundary: the pages must come free
+            log.exception("kv: keeping failed")
+        else:
+            self._put(_KEEP, keeping)
+            return
+        with self._done:
+            self._kept.add(keeping.request)
+            self._running -= 1
+            self._done.notify_all()
 
     def _load(self, load: Load) -> set[int]:
         """Returns the pages that were not filled."""
@@ -116,6 +165,6 @@ class WorkerSide:
 
     def close(self) -> None:
         if self._thread.is_alive():
-            self._queue.put(None)
+            self._put(_STOP, None)
             self._thread.join(timeout=5)
         self._client.close()

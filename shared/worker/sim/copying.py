@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from shared.errors import BatonError
 from shared.kv.copier import Copier, Pages
-from shared.kv.copies import Load, Save
-from shared.kv.messages import Commit, Loaded
+from shared.kv.copies import Keep, Load, Save
+from shared.kv.keeping import Keeper
+from shared.kv.messages import Commit, Geometry, Loaded
 from shared.kv.rank_client import RankClient
 
 log = logging.getLogger(__name__)
@@ -28,26 +29,29 @@ JOIN_S = 5.0
 class Copied:
     """The end of a copy; `invalid` pages of a load could not be filled."""
 
-    copy: Load | Save
+    copy: Load | Save | Keep
     invalid: set[int] = field(default_factory=set)
 
 
 class CopyThread:
     """Owned by the engine. Needs a client that is attached."""
 
-    def __init__(self, client: RankClient, pages: Pages, on_copied: Callable[[list[Copied]], None]) -> None:
+    def __init__(
+        self, client: RankClient, geometry: Geometry, pages: Pages, on_copied: Callable[[list[Copied]], None]
+    ) -> None:
         """Starts at once. `on_copied` is called on the running loop."""
         self._client = client
         self._copier = Copier(client, pages)
+        self._keeper = Keeper(client, self._copier, geometry)
         self._on_copied = on_copied
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[Load | Save | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Load | Save | Keep | None] = queue.SimpleQueue()
         self._told: list[Copied] = []
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="sim-copies", daemon=True)
         self._thread.start()
 
-    def put(self, copy: Load | Save) -> None:
+    def put(self, copy: Load | Save | Keep) -> None:
         self._queue.put(copy)
 
     def close(self) -> None:
@@ -58,14 +62,23 @@ class CopyThread:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch: list[Load | Save] = [first]
+            batch: list[Load | Save | Keep] = [first]
             while len(batch) < AT_ONCE and not self._queue.empty():
                 following = self._queue.get()
                 if following is None:
                     self._queue.put(None)
                     break
                 batch.append(following)
-            self._copy(batch)
+            self._copy([copy for copy in batch if not isinstance(copy, Keep)])
+            if keeps := [copy for copy in batch if isinstance(copy, Keep)]:
+                self._keep(keeps)
+
+    def _keep(self, keeps: list[Keep]) -> None:
+        try:
+            self._keeper.keep_all(keeps)
+        except Exception:  # whatever it is, the pages must come free
+            log.exception("kv: keeping failed")
+        self._tell([Copied(keep) for keep in keeps])
 
     def _copy(self, batch: list[Load | Save]) -> None:
         reports: list[Commit | Loaded] = []

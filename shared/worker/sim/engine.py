@@ -18,7 +18,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineFailed, SettingsError
-from shared.kv.copies import Load, Save, StepPlan
+from shared.kv.copies import Keep, Load, Save, StepPlan
 from shared.kv.copy_planner import CopyPlanner
 from shared.kv.rank_client import RankClient
 from shared.model_files import model_folder, read_tokenizer, vocabulary_size
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 INLINE_BYTES = 1 << 20  # more are written and read in a thread: other tasks of the loop wait no longer than this takes
 CATCH_UP_S = 0.1  # steps that are further behind do not make up for it: the time is lost, and counted
 SIGN_S = 1.0
+HELD_SHARE = 8  # one page in so many may be held for requests that have ended
 DEFAULT_KV_BYTES = 1 << 29
 
 
@@ -74,7 +75,7 @@ class SimEngine:
         self._contents = contents
         self._table = table
         self._pool = pool
-        self._planner = CopyPlanner(shape.block_size)
+        self._planner = CopyPlanner(shape.block_size, keep_limit=pool.count // HELD_SHARE)
         limits = Limits(
             max_running=shape.max_running, token_budget=shape.token_budget, prefix_caching=shape.prefix_caching
         )
@@ -110,12 +111,13 @@ class SimEngine:
         engine = cls(shape, contents, table, pool, registry, speed=settings.speed)
         if settings.kv_socket:
             client = RankClient(settings.kv_socket, session=settings.session, worker=settings.worker, rank=0)
+            geometry = shape.geometry(settings.model, vocabulary)
             try:
-                await asyncio.to_thread(client.attach, shape.geometry(settings.model, vocabulary))
+                await asyncio.to_thread(client.attach, geometry)
             except BaseException:
                 client.close()
                 raise
-            engine._copies = CopyThread(client, engine._pages, engine._on_copied)
+            engine._copies = CopyThread(client, geometry, engine._pages, engine._on_copied)
         engine._loop = asyncio.create_task(engine._run(), name="sim-engine")
         return engine
 
@@ -203,7 +205,7 @@ class SimEngine:
                 self._liveness.sign(time.monotonic())
                 self._take_copied()
                 step = self._scheduler.schedule()
-                self._start_loads(step.copies)
+                self._start_copies(step.copies)
                 if step.is_empty and not step.preempted and not self._copied:
                     self._ended_s = None
                     self._wake.clear()
@@ -282,6 +284,7 @@ class SimEngine:
             first = choice.produced == 1
             choice.stream.push(msgspec.structs.replace(delta, cached_tokens=choice.cached) if first else delta)
             return
+        self._keep(choice)
         account = self._scheduler.end(choice)
         last = msgspec.structs.replace(
             delta,
@@ -289,11 +292,23 @@ class SimEngine:
             loaded_tokens=account.get("loaded_tokens", 0),
             computed_tokens=account.get("computed_tokens"),
             recomputed_tokens=account.get("recomputed_tokens", 0),
+            unkept_tokens=account.get("unkept_tokens", 0),
         )
         if choice.lease in self._saving:
             self._held.setdefault(choice.lease, []).append((choice.stream, last))
         else:
             choice.stream.push(last)
+
+    def _keep(self, choice: Choice) -> None:
+        """Before it gives up its blocks: hold those that the next turn begins with until they are stored."""
+        size = self._contents.block_size
+        if self._copies is None or not self._planner.keep(choice.id, choice.tokens, choice.computed, choice.blocks):
+            return
+        blocks = choice.blocks[: choice.computed // size]
+        self._pool.begin_copy(blocks)
+        reading = self._contents.read(choice.tokens[: len(blocks) * size])
+        for block in range(choice.prompt_tokens // size, len(blocks)):
+            self._pages.compute(blocks[block], reading.of_block(block, size), 0, size)
 
     def _fail(self, reason: str) -> None:
         self._failure = EngineFailed(reason)
@@ -344,12 +359,15 @@ class SimEngine:
             log.error("engine: %d KV blocks of a prompt are wrong: its text will be, too", wrong)
         return total & MASK
 
-    def _start_loads(self, copies: StepPlan) -> None:
+    def _start_copies(self, copies: StepPlan) -> None:
         for load in copies.loads:
             if self._copies is not None:
                 self._copies.put(load)
             else:
                 self._on_copied([Copied(load, {page.block_id for page in load.pages})])
+        for keep in copies.keeps:
+            if self._copies is not None:
+                self._copies.put(keep)
 
     def _start_saves(self, copies: StepPlan) -> None:
         for save in copies.saves:
@@ -368,6 +386,9 @@ class SimEngine:
         for each in copied:
             if isinstance(each.copy, Load):
                 self._scheduler.loaded(each.copy.request, each.invalid)
+            elif isinstance(each.copy, Keep):
+                self._planner.keeps_ended((each.copy.request,))
+                self._pool.end_copy(each.copy.block_ids)
             else:
                 self._saved(each.copy)
 
