@@ -42,8 +42,8 @@ def inbox(user: str) -> str:
     return f"{INBOX}.{user}" if user else INBOX
 
 
-def login(urls: str, account: Account) -> tuple[list[str], dict[str, Any]]:
-    """Servers without what is secret, and nats-py's options. Raises SettingsError for TLS files."""
+def login(urls: str, account: Account) -> tuple[list[str], str, dict[str, Any]]:
+    """Servers without what is secret, the user, and nats-py's options. Raises SettingsError for TLS files."""
     user, password, servers = account.user, account.password, []
     for url in filter(None, urls.split(",")):
         parts = urlsplit(url.strip() if "://" in url else f"nats://{url.strip()}")
@@ -51,10 +51,10 @@ def login(urls: str, account: Account) -> tuple[list[str], dict[str, Any]]:
         servers.append(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
     options: dict[str, Any] = {"tls": account.tls.client()}  # for when the server wants it
     if user and not password:
-        options["token"] = user  # how NATS writes a token into a url
-    elif user:
-        options |= {"user": user, "password": password, "inbox_prefix": inbox(user)}
-    return servers, options
+        return servers, "", {**options, "token": user}  # how NATS writes a token into a url
+    if user:
+        options |= {"user": user, "password": password}
+    return servers, user, options
 
 
 def not_joined(servers: Sequence[str], said: Sequence[str]) -> str:

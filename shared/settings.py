@@ -5,6 +5,7 @@ is an error that names it. Fields in `SECRETS` and `PASSWORDS` are redacted when
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,7 +28,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What every service has."""
 
     cluster: Name = "baton"
-    id: Name  # unique in the cluster, e.g. prefill-0
+    id: Name = msgspec.field(default_factory=lambda: socket.gethostname().partition(".")[0])  # unique in the cluster
     nats_url: str = "nats://127.0.0.1:4222"  # several servers: separated by commas; tls://… where TLS must be
     nats_user: str = ""  # the service's role where each has its own, see shared/bus_users.py
     nats_password: str = ""
@@ -70,6 +71,16 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     flex: Positive = 1.0
 
 
+class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a process of each role costs an hour, its share of the machine included."""
+
+    currency: Annotated[str, msgspec.Meta(pattern="^[A-Z]{3}$")] = "USD"
+    gateway: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    prefill: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    decode: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    kv: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
 class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     model: str  # folder or Hugging Face id; the gateway reads its tokenizer and chat template
     revision: str = ""
@@ -99,6 +110,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     request_s: Positive = 600.0  # for a whole request
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
+    prices: Prices = Prices()  # e.g. {"prefill": 2.5, "decode": 2.5}; what tokens cost is worked out from them
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of requests whose trace is kept whatever happens,
     traces_per_s: Positive = 50.0  # no more than so many; as many failed, slow and retried ones are kept beside them
     max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower
@@ -126,7 +138,7 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     node: Name = "node-0"
     kv_socket: str = ""  # of the node's kv_transfer
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
-    prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
+    prefill_jobs: Count = 64  # prompts a prefill worker takes at once; gateways bind by time, and fewer
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
     kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
@@ -139,6 +151,11 @@ class KvSettings(CommonSettings, frozen=True, kw_only=True):
     kv_socket: str  # unix socket it listens on
     arena_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # 0: min(2 GiB, 10 % of memory)
     shm_dir: str = "/dev/shm"  # noqa: S108 - shared memory is this folder on Linux
+    peer_secret: str = ""  # stores of other nodes must know it, too; empty: blocks stay on this node
+    peer_host: str = "127.0.0.1"  # where other nodes' stores are listened to
+    peer_port: Port = 0
+    peer_address: str = ""  # host, or host:port, as other nodes reach it; empty: peer_host
+    peer_s: Annotated[float, msgspec.Meta(ge=0.1)] = 2.0  # a peer that is silent or takes nothing for so long has gone
 
 
 SERVICES: dict[str, type[CommonSettings]] = {
@@ -148,7 +165,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "kv": KvSettings,
 }
 SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
-PASSWORDS = frozenset({"nats_password", "tenant_secret"})  # are nothing else
+PASSWORDS = frozenset({"nats_password", "peer_secret", "tenant_secret"})  # are nothing else
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.

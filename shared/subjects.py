@@ -37,6 +37,14 @@ def all_beats(c: str) -> str:
     return f"{c}.beat.*.*"
 
 
+def traffic(c: str, gateway_id: str) -> str:
+    return f"{c}.traffic.{gateway_id}"
+
+
+def all_traffic(c: str) -> str:
+    return f"{c}.traffic.*"
+
+
 def metrics(c: str, service_id: str) -> str:
     return f"{c}.metrics.{service_id}"
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from opentelemetry import trace
 from opentelemetry.context import Context
+from prometheus_client import disable_created_metrics
 
 from shared import spans
 
@@ -31,6 +32,7 @@ _recorder = spans.Recorder()  # OpenTelemetry, too, has one a process
 def start(*, enabled: bool = True) -> spans.Recorder:
     """Of this process. Libraries that ask OpenTelemetry for a tracer get it as well."""
     _recorder.enabled = enabled
+    disable_created_metrics()  # type: ignore[no-untyped-call] # a third more samples that nobody reads
     if not isinstance(trace.get_tracer_provider(), spans.Provider):
         trace.set_tracer_provider(spans.Provider(_recorder))
     return _recorder

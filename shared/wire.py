@@ -220,6 +220,18 @@ class KvHeld(Message, frozen=True):
     blocks: int
 
 
+class KvFetch(Message, frozen=True):
+    """Push what you hold of these keys to that node's lease, which has set slots aside for them; KvHeld says how many.
+
+    As many as lead the list are offered; the other store takes those that it lacks.
+    """
+
+    node: str
+    lease: str
+    keys: list[bytes]
+    traceparent: str = ""
+
+
 class KvRelease(Message, frozen=True):
     """Give a lease back on behalf of its owner; unknown leases are fine."""
 
@@ -276,9 +288,22 @@ class Heartbeat(Message, frozen=True):
     format: int = FORMAT
     lost: list[str] = []  # from kv: workers whose socket has just closed
     slots: dict[str, int] = {}  # from kv
+    peer_address: str = ""  # from kv: where other nodes' stores reach it; empty: they do not
+    peer_bytes_per_s: float = 0.0  # from kv: how fast blocks have come from other nodes; 0: not known
+    block_bytes: int = 0  # from kv: of all ranks
+    moved_bytes: dict[str, int] = {}  # from kv, since its start, by path
 
 
-# ---- traces -------------------------------------------------------------------------------------------------
+class Traffic(Message, frozen=True):
+    """Once a second on {c}.traffic.{gateway}: what a gateway has counted since its start, so none needs to arrive."""
+
+    gateway: str
+    incarnation: str
+    up_s: float = 0.0  # since its start
+    counts: dict[str, dict[str, float]] = {}  # family -> label -> count, see services/gateway/dashboard/counts.py
+
+
+# ---- traces and metrics -------------------------------------------------------------------------------------
 
 Attribute = str | bool | int | float | list[str]
 
@@ -349,6 +374,14 @@ class TraceSummary(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str = ""
 
 
+class MetricsAsked(Message, frozen=True):
+    """To any service, on {c}.metrics.{id}."""
+
+
+class MetricsText(Message, frozen=True):
+    text: str  # Prometheus's, with labels `service` and `instance`
+
+
 class TraceList(Message, frozen=True):
     traces: list[TraceSummary]
 
@@ -361,9 +394,21 @@ class TraceFound(Message, frozen=True):
     spans: list[SpanRecord] = []
 
 
-Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound
-Request = DecodeJob | PrefillJob | Cancel | Ping | KvLookup | KvRelease | KvStatsRequest | TracesAsked | TraceAsked
-Broadcast = TokenBatch | Heartbeat | Spans | SpansWanted
+Reply = Accepted | PrefillDone | Busy | Failure | Done | Pong | KvHeld | KvStats | TraceList | TraceFound | MetricsText
+Request = (
+    DecodeJob
+    | PrefillJob
+    | Cancel
+    | Ping
+    | KvLookup
+    | KvFetch
+    | KvRelease
+    | KvStatsRequest
+    | TracesAsked
+    | TraceAsked
+    | MetricsAsked
+)
+Broadcast = TokenBatch | Heartbeat | Traffic | Spans | SpansWanted
 AnyMessage = Reply | Request | Broadcast
 
 _encoder = msgspec.msgpack.Encoder()

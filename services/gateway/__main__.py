@@ -31,6 +31,7 @@ from shared import settings as configuration
 from shared import telemetry
 from shared.access.connection import open_redis
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import SettingsError
 from shared.loop_lag import LoopLag
 from shared.probes import Probes, listen
@@ -97,7 +98,7 @@ async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = configuration.served_name(settings.model, settings.served_model_name)
-    metrics = Metrics(model)
+    metrics = Metrics(model, each_token=settings.telemetry == "on")
     access = Access.open(settings, metrics.registry)
     listener = listen(settings.host, settings.port, setting="port", shared=settings.share_port)
     bound_sends(listener)
@@ -143,18 +144,20 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
         gc.set_threshold(*GC_THRESHOLD)
         sys.setswitchinterval(SWITCH_S)
         LoopLag(gateway.metrics.registry).start()
+        tapping = tasks.create_task(BusMetrics(gateway.metrics.registry).run(gateway.bus))
         log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
         await stop.wait()
         await _drain(gateway, server, listener)
         server.should_exit = True
         await serving
         watching.cancel()
+        tapping.cancel()
     log.info("stopped")
 
 
 @asynccontextmanager
 async def _probes(gateway: Gateway, stop: asyncio.Event, url: str) -> AsyncIterator[str]:
-    """Where to ask this gateway: on a port that it shares, anyone of them would answer; and probes know no https."""
+    """Where to ask this gateway for its own: on a port that it shares, anyone of them would answer."""
     if not (gateway.settings.share_port or gateway.settings.probe_port):
         yield url
         return
@@ -170,6 +173,7 @@ async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.sock
     settings = gateway.settings
     log.info("draining, for at most %g s", settings.drain_s)
     ends_at = time.monotonic() + settings.drain_s
+    gateway.dashboard.close()
     if settings.share_port:
         await shared_port.leave(server, listener, settings.drain_s)
     await gateway.drain(ends_at - time.monotonic())

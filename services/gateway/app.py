@@ -9,13 +9,14 @@ from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway import document, http_errors
 from services.gateway.access.client import Client, unknown_model
 from services.gateway.access.gate import CLIENT, gated
+from services.gateway.dashboard import routes as dashboard
 from services.gateway.edge.intake import Intake
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
 from services.gateway.exchange import Exchange
@@ -104,11 +105,13 @@ def rest(gateway: Gateway) -> FastAPI:
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        """Of every service that lives; each serves its own on its probe port as well."""
+        return Response(await gateway.cluster_metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
+    dashboard.add_routes(app, gateway.dashboard, gateway.access)
     add_routes(app, gateway.traces)
     _document_hot_routes(app)
-    document.describe(app, gateway.model)
+    document.describe(app, gateway.model, keyed=bool(gateway.settings.keys))
     app.add_exception_handler(BatonError, _baton_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app

@@ -1,6 +1,6 @@
 """From what workers say of themselves to what placement and admission go by: pure arithmetic, times as arguments."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -17,9 +17,7 @@ class Heard:
     backlog: wire.Backlog  # of the beat, or of a fresher reply
     backlog_at: float
     jobs: int = 0  # sent, and not in its backlog yet
-    prompts: int = 0
-    tokens: int = 0
-    sent_at: float = 0.0
+    prompts: Sequence[tuple[float, int]] = ()  # those of them that are to be computed: when sent, tokens; in order
 
 
 def candidate(heard: Heard, expected_output: float) -> Candidate:
@@ -28,10 +26,11 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
     jobs = backlog.running + backlog.waiting + heard.jobs
     prompt_s, token_s = beat.prefill_prompt_s, 1 / beat.prefill_tokens_per_s if beat.prefill_tokens_per_s else 0.0
     tokens_until = heard.backlog_at + backlog.queued_tokens * token_s
-    if heard.prompts:
-        tokens_until = max(tokens_until, heard.sent_at) + heard.tokens * token_s
+    for sent_at, tokens in heard.prompts:
+        tokens_until = max(tokens_until, sent_at) + tokens * token_s
     # Those that wait are computed in one step: what a step costs by itself counts for it and for the one in work.
-    steps = min(2, backlog.queued_prompts + heard.prompts)
+    prompts = backlog.queued_prompts + len(heard.prompts)
+    steps = min(2, prompts)
     over = jobs + 1 - beat.max_running if beat.max_running else 0
     step_s = beat.decode_step_s + beat.decode_sequence_s * max(0, jobs + 1 - backlog.running)
     return Candidate(
@@ -41,6 +40,7 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
         fingerprint=beat.fingerprint,
         has_room=beat.max_running == 0 or jobs < beat.max_running + beat.max_waiting,
         load=jobs / (beat.max_running or 1),
+        prompts=prompts,
         tokens_until=tokens_until,
         begins_at=tokens_until + steps * prompt_s,
         prompt_s=prompt_s,
@@ -67,7 +67,7 @@ def speeds(everybody: Iterable[Heard], now: float, *, arrangement: str, itl_s: f
     seen = [candidate(one, expected_output) for one in known]
     fastest = max(known, key=lambda one: one.beat.prefill_tokens_per_s, default=None)
     hands_over = bool(decoders) and prefillers is not decoders
-    sequences = sum(_sequences(one.beat, itl_s) for one in decoders)
+    sequences = sum(room_for(one.beat, itl_s) for one in decoders)
     ending = sum(_ends_per_s(one.beat, itl_s, expected_output) for one in decoders)
     jobs = sum(one.backlog.running + one.backlog.waiting + one.jobs for one in decoders)
     return Speeds(
@@ -85,7 +85,7 @@ def speeds(everybody: Iterable[Heard], now: float, *, arrangement: str, itl_s: f
     )
 
 
-def _sequences(beat: wire.Heartbeat, itl_s: float) -> float:
+def room_for(beat: wire.Heartbeat, itl_s: float) -> float:
     """How many a decode worker runs at once within the target."""
     most = float(beat.max_running) if beat.max_running else inf
     if beat.decode_step_s and beat.decode_sequence_s:
@@ -95,7 +95,7 @@ def _sequences(beat: wire.Heartbeat, itl_s: float) -> float:
 
 
 def _ends_per_s(beat: wire.Heartbeat, itl_s: float, expected_output: float) -> float:
-    running = _sequences(beat, itl_s)
+    running = room_for(beat, itl_s)
     if running == inf or not beat.decode_step_s:
         return 0.0
     step_s = beat.decode_step_s + beat.decode_sequence_s * (running - max(1, beat.backlog.running))

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from redis.asyncio import Redis
@@ -16,17 +16,21 @@ from redis.asyncio import Redis
 from services.gateway.access.access import Access
 from services.gateway.admission import Snapshot
 from services.gateway.chores import Chores
+from services.gateway.cluster_metrics import ClusterMetrics
+from services.gateway.costs import Costs
+from services.gateway.dashboard.feed import Feed
 from services.gateway.edge.tokens import ChatTokenizer
 from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
 from services.gateway.prefixes import Prefixes
+from services.gateway.replicas import Line, Replicas
 from services.gateway.roster import Roster
 from services.gateway.seating import Seating
 from services.gateway.streams import Streams
 from services.gateway.traces.export import OtlpExport
 from services.gateway.traces.traces import Traces
 from shared import subjects, wire
-from shared.bus import Bus
+from shared.bus import Bus, Question
 from shared.errors import (
     BatonError,
     BusUnavailable,
@@ -34,6 +38,7 @@ from shared.errors import (
     Timeout,
     WorkerLost,
 )
+from shared.exposition import serve_metrics
 from shared.settings import GatewaySettings
 from shared.version import VERSION
 
@@ -82,8 +87,16 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
+        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.roster = Roster()
         self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
+        self.cluster_metrics = ClusterMetrics(
+            bus, settings.cluster, settings.id, metrics.registry, lambda: self.roster.live(time.monotonic())
+        )
+        target = settings.target("default")
+        needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
+        self._replicas = Replicas(frozenset(needs), target.ttft_s, target.itl_s)
+        self._costs = Costs(settings.prices)
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -102,13 +115,26 @@ class Gateway:
             promise_ratio=lambda: self.seating.promise_ratio,
             workers=self.fleet.states,
             dropped=lambda: bus.bad_messages + self.streams.bad_rows,
+            streams=lambda: len(self.streams),
+            wanted=lambda: self._replicas.wanted,
+            costs=self._costs,
+            limits={
+                "requests": settings.max_requests,
+                "queued_tokens": settings.max_queued_tokens,
+                "body_bytes": settings.max_bodies_bytes,
+                "connections": settings.max_connections,
+                **self.traces.limits,
+            },
         )
 
     async def listen(self) -> None:
         await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
         await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
+        await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
         await self.traces.listen()
+        await serve_metrics(self.bus, self.settings.cluster, "gateway", self.settings.id, self.metrics.registry)
         await self.bus.flush()
+        self.chores.start(self.dashboard.run())
 
     async def watch(self, incarnation: str, metrics_url: str) -> None:
         """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
@@ -124,6 +150,7 @@ class Gateway:
             else:
                 self.fleet.excuse(now)
             self._look_at_queue(now)
+            self._look_at_load(now)
             self.streams.check(now, self.settings.progress_s)
             with contextlib.suppress(BatonError):  # the bus is away; it will be back
                 await self._beat(incarnation, metrics_url)
@@ -205,38 +232,18 @@ class Gateway:
         `brief`: the answer is due at once, so it ends with BusUnavailable when the bus was away meanwhile: question or
         answer may be lost. Else somebody looks for the outcome in another way.
         """
-        reason: BatonError | None = None
+        question = Question(self.bus, subject, message, expect)
+        if brief:
+            self._brief.add(question.end)
         try:
-            async with asyncio.timeout(timeout_s) as scope:
-
-                def end(error: BatonError) -> None:
-                    nonlocal reason
-                    reason = reason or error
-                    if not scope.expired():
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                with (
-                    self.fleet.watching(worker, lambda: end(WorkerLost("the worker was lost before it answered"))),
-                    self._doubted(end) if brief else contextlib.nullcontext(),
-                ):
-                    # The scope decides; the bus's own deadline is only there because it wants one.
-                    reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
-                    # wait_for of Python 3.11, which nats-py uses, loses a cancellation that comes with the answer.
-                    if (task := asyncio.current_task()) is not None and task.cancelling():
-                        raise asyncio.CancelledError
-        except TimeoutError:
-            raise reason or Timeout(f"a worker did not answer within {timeout_s:g} s") from None
+            with self.fleet.watching(
+                worker, lambda: question.end(WorkerLost("the worker was lost before it answered"))
+            ):
+                reply = await question.answer(timeout_s)
+        finally:
+            self._brief.discard(question.end)
         self.fleet.report(worker, reply.backlog, time.monotonic())  # type: ignore[union-attr] # answers to jobs have it
         return reply
-
-    @contextlib.contextmanager
-    def _doubted(self, end: Callable[[BatonError], None]) -> Iterator[None]:
-        """Within, `end` is called when the bus was away."""
-        self._brief.add(end)
-        try:
-            yield
-        finally:
-            self._brief.discard(end)
 
     def cancel(self, worker: str, request: str, attempt: int) -> None:
         """Tell a worker that nobody waits for this any more."""
@@ -292,6 +299,7 @@ class Gateway:
             if message.role == "gateway":
                 self.access.hear(message, time.monotonic())
             self.fleet.hear(message, time.monotonic())
+            self.dashboard.hear(message, time.monotonic())
 
     def _on_batch(self, message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
@@ -325,6 +333,15 @@ class Gateway:
             self._nobody_since = now
         if now - self._nobody_since > NOBODY_S:
             self.queue.refuse(lambda: self.seating.refusal(""))
+
+    def _look_at_load(self, now: float) -> None:
+        """What an autoscaler and whoever pays want to know."""
+        prompts, tokens = self.fleet.lines_elsewhere(now)
+        line = Line(prompts=prompts + len(self.queue), tokens=tokens + self.queue.tokens)
+        self._replicas.see(self.fleet.everybody(), line, now)
+        roles = [member.role for member in self.roster.live(now)]
+        served = self.metrics.tokens["prompt"] + self.metrics.tokens["completion"]
+        self._costs.see(roles, tokens=served, requests=self.metrics.requests, now=now)
 
     def _fleet_changed(self) -> None:
         if not self.seen_path and self.fleet.has("decode"):

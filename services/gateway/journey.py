@@ -273,10 +273,17 @@ class Journey:
             self._bill.usage = usage
         reasons = [reason for leg in legs for reason in leg.finish_reasons]
         trace.get_current_span().set_attributes(genai.response(usage, reasons))
-        self._gateway.metrics.served(
-            usage, time.monotonic() - min(leg.first_token_at for leg in legs), self._client.tenant
-        )
+        first_token_at = min(leg.first_token_at for leg in legs)
+        decoding_s = time.monotonic() - first_token_at
+        self._gateway.metrics.served(usage, decoding_s, self._client.tenant)
+        if self._in_time(usage.completion / max(1, len(reasons)), first_token_at - self._began, decoding_s):
+            self._gateway.metrics.within_target(self._tier)
         await out.end(usage)
+
+    def _in_time(self, tokens: float, ttft_s: float, decoding_s: float) -> bool:
+        """Whether its tier's targets were kept, by the first token and by the mean gap; `tokens`: of each choice."""
+        target = self._gateway.settings.target(self._tier)
+        return ttft_s <= target.ttft_s and decoding_s <= target.itl_s * max(1.0, tokens - 1)
 
     def _form(self, asked: Asked) -> Form:
         body = asked.body

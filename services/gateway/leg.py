@@ -22,7 +22,7 @@ from services.gateway.queue import Seat, Waiting
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load, Sent, goes_on_by_prompt, repeats_itself
 from services.gateway.states import Course, State
-from services.gateway.streams import Stream
+from services.gateway.streams import Row, Stream
 from shared import subjects, wire
 from shared.errors import BatonError, Refused, ResumeInexact, Timeout, WorkerLost
 
@@ -166,6 +166,7 @@ class Leg:
         attempt = self._tries.attempt
         stream = gateway.streams.open(self._load.id, attempt, self._load.sampling.n, self._load.first_choice)
         stream.on_overrun = out.overrun
+        stream.sink = lambda rows: self._pass(rows, out)
         prefilling: Prefilling | None = None
         refused = False
         try:
@@ -210,7 +211,7 @@ class Leg:
             replay=list(load.replay) if forces else [],
             salt=load.salt,
         )
-        seat.charges[worker].sent = True
+        seat.charges[worker].sent_at = time.monotonic()
         subject = subjects.decode(gateway.settings.cluster, worker)
         reply = await gateway.ask(
             worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()), brief=True
@@ -250,6 +251,16 @@ class Leg:
                 self._saw(now, None if prefilling is None else prefilling.done_at)
                 self.finish_reasons.extend(row.finish.reason for row in new if row.finish is not None)
                 await out.rows(new)
+
+    def _pass(self, rows: list[Row], out: Answer) -> bool:
+        """The middle of an answer, written as it comes. False: these are for `_stream`."""
+        if self._course.state is not State.STREAMING or self._sent.repeats:
+            return False
+        if any(row.finish is not None for row in rows) or not out.push(rows):
+            return False
+        self._sent.take(rows)
+        self._saw(time.monotonic(), None)
+        return True
 
     def _saw(self, now: float, prefilled_at: float | None) -> None:
         """Something new for the client; while a stream is resumed there was one long gap."""

@@ -1,18 +1,21 @@
 """What the gateway counts (design section 9), in a registry of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.gateway import genai
 from services.gateway.edge.render import Usage
 from shared.errors import BatonError, Cancelled, Refused, RequestError
+from shared.histogram import LoopHistogram
 from shared.process_metrics import watch_process
 
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 10.0)
+
+WITHIN_TARGET = "baton_requests_within_target"
 
 
 def outcome(error: BatonError | None) -> str:
@@ -26,9 +29,12 @@ def outcome(error: BatonError | None) -> str:
 
 
 class Metrics:
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, each_token: bool = True) -> None:
+        """`each_token`: off, nothing is counted for each token."""
         self.registry = CollectorRegistry()
         self._model = model
+        self.requests = 0  # that were answered
+        self._by_label: dict[tuple[str, ...], Counter] = {}  # finding a child takes longer than counting
         own = self.registry
         self._requests = Counter(
             "baton_requests_total", "Requests that have ended", ("model", "tier", "outcome"), registry=own
@@ -43,17 +49,23 @@ class Metrics:
             "baton_prefix_index_failures_total", "Look-ups that Redis did not answer", registry=own
         )
         self.index_failed = index_failures.inc
-        self._first = Histogram(
-            "baton_time_to_first_token_seconds", "From the request's first byte", buckets=LATENCIES, registry=own
-        )
-        self._gap = Histogram("baton_inter_token_latency_seconds", "Between deltas", buckets=GAPS, registry=own)
-        self._duration = Histogram(
-            "baton_request_duration_seconds", "From first byte to last", buckets=LATENCIES, registry=own
-        )
-        self._genai_first = _genai(genai.TIME_TO_FIRST_TOKEN, LATENCIES, own)
-        self._genai_gap = _genai(genai.TIME_PER_OUTPUT_TOKEN, GAPS, own)
-        self._genai_duration = _genai(genai.DURATION, LATENCIES, own)
-        self.gap = self._gap.observe
+        self.first_token = _twice(
+            "baton_time_to_first_token_seconds",
+            "From the request's first byte",
+            genai.TIME_TO_FIRST_TOKEN,
+            LATENCIES,
+            own,
+        ).observe
+        self._duration = _twice(
+            "baton_request_duration_seconds", "From first byte to last", genai.DURATION, LATENCIES, own
+        ).observe
+        gap = LoopHistogram(("baton_inter_token_latency_seconds", "Between deltas"), buckets=GAPS, registry=own)
+        self.gap = gap.observe if each_token else _nothing
+        self._genai_gap = LoopHistogram(
+            (genai.prometheus(genai.TIME_PER_OUTPUT_TOKEN), "OpenTelemetry GenAI"), buckets=GAPS, registry=own
+        ).observe
+        self._within = Counter(WITHIN_TARGET, "Requests that kept their tier's targets", ("tier",), registry=own)
+        self.tokens = dict.fromkeys(("prompt", "cached", "completion"), 0)  # of all tenants
 
     def live(
         self,
@@ -64,6 +76,10 @@ class Metrics:
         promise_ratio: Callable[[], float],
         workers: Callable[[], dict[tuple[str, str], int]],
         dropped: Callable[[], int],
+        streams: Callable[[], int],
+        wanted: Callable[[], dict[str, int]],
+        costs: Collector,
+        limits: Mapping[str, int],
     ) -> None:
         """Figures that are read when somebody asks."""
         Gauge("baton_active_requests", "In flight or queued", ("model",), registry=self.registry).labels(
@@ -77,12 +93,14 @@ class Metrics:
             registry=self.registry,
         ).set_function(promise_ratio)
         Gauge("baton_bad_messages", "Messages that could not be used", registry=self.registry).set_function(dropped)
+        Gauge("baton_streams", "Answers that are being read from workers", registry=self.registry).set_function(streams)
         self.registry.register(_Workers(workers))
+        self.registry.register(_Wanted(wanted))
+        self.registry.register(costs)
+        most = Gauge("baton_limit", "The most there may be", ("of",), registry=self.registry)
+        for of, limit in limits.items():
+            most.labels(of).set(limit)
         watch_process(self.registry)
-
-    def first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
-        self._genai_first.observe(seconds)
 
     def cancelled(self, stage: str) -> None:
         self._cancelled.labels(stage).inc()
@@ -91,18 +109,29 @@ class Metrics:
         self._retries.labels(phase).inc()
 
     def ended(self, error: BatonError | None, tier: str, duration_s: float) -> None:
-        self._requests.labels(self._model, tier, outcome(error)).inc()
-        self._duration.observe(duration_s)
-        self._genai_duration.observe(duration_s)
+        self._count(self._requests, self._model, tier, outcome(error)).inc()
+        self._duration(duration_s)
+        self.requests += error is None
         if isinstance(error, Refused):
             self._shed.labels(error.code).inc()
 
     def served(self, usage: Usage, decoding_s: float, tenant: str) -> None:
         """`decoding_s`: from the first token to the last. `tenant`: one that a key names, so they are few."""
         for kind, count in (("prompt", usage.prompt), ("cached", usage.cached), ("completion", usage.completion)):
-            self._tokens.labels(tenant, self._model, kind).inc(count)
+            self._count(self._tokens, tenant, self._model, kind).inc(count)
+            self.tokens[kind] += count
         if usage.completion > 1:
-            self._genai_gap.observe(decoding_s / (usage.completion - 1))
+            self._genai_gap(decoding_s / (usage.completion - 1))
+
+    def _count(self, counter: Counter, *labels: str) -> Counter:
+        """Labels are a tier, an outcome, or a tenant that a key names: they are few."""
+        child = self._by_label.get(labels)
+        if child is None:
+            child = self._by_label[labels] = counter.labels(*labels)
+        return child
+
+    def within_target(self, tier: str) -> None:
+        self._within.labels(tier).inc()
 
 
 class _Workers(Collector):
@@ -116,5 +145,23 @@ class _Workers(Collector):
         return [family]
 
 
-def _genai(name: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> Histogram:
-    return Histogram(genai.prometheus(name), "OpenTelemetry GenAI", buckets=buckets, registry=registry)
+class _Wanted(Collector):
+    def __init__(self, wanted: Callable[[], dict[str, int]]) -> None:
+        self._wanted = wanted
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        family = GaugeMetricFamily("baton_wanted_replicas", "Workers that the load calls for", labels=("role",))
+        for role, count in self._wanted().items():
+            family.add_metric([role], count)
+        return [family]
+
+
+def _twice(name: str, text: str, other: str, buckets: tuple[float, ...], registry: CollectorRegistry) -> LoopHistogram:
+    """Under our name and OpenTelemetry's."""
+    return LoopHistogram(
+        (name, text), (genai.prometheus(other), "OpenTelemetry GenAI"), buckets=buckets, registry=registry
+    )
+
+
+def _nothing(_: float) -> None:
+    """Instead of counting."""

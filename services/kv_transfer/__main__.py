@@ -21,12 +21,15 @@ from services.kv_transfer.arena import Arena
 from services.kv_transfer.bus_service import BusService
 from services.kv_transfer.index import IndexWriter
 from services.kv_transfer.metrics import KvMetrics
+from services.kv_transfer.peers.peers import Peers
 from services.kv_transfer.server import KvServer, Outside
 from services.kv_transfer.store import Store
 from shared import settings as configuration
 from shared import telemetry
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import SettingsError
+from shared.exposition import serve_metrics
 from shared.loop_lag import LoopLag
 from shared.prefix_index import open_redis
 from shared.probes import Probes
@@ -86,6 +89,9 @@ async def serve(settings: KvSettings) -> None:
             dropped=metrics.index_dropped.inc,
         )
         stack.push_async_callback(index.retire)
+        peers = Peers(settings, store, arena, metrics, lambda: server.pump())  # noqa: PLW0108 - made below
+        peers.listen()
+        stack.push_async_callback(peers.close)
         service = BusService(
             bus,
             store,
@@ -95,16 +101,27 @@ async def serve(settings: KvSettings) -> None:
             node=settings.node,
             incarnation=incarnation,
             metrics_url=probes.url,
+            peers=peers,
+            moved_bytes=metrics.moved_bytes,
         )
-        outside = Outside(host_closed=service.host_closed, key_changed=index.note)
+        outside = Outside(
+            host_closed=service.host_closed,
+            key_changed=index.note,
+            check_push=peers.pushes.check,
+            push_begun=peers.pushes.begin,
+            push_ready=peers.pushes.ready,
+            lease_ended=peers.lease_ended,
+        )
         server = KvServer(settings.node, store, arena, metrics, outside)
         show(metrics, server, index, bus)
+        show_peers(metrics, peers)
         await server.start(settings.kv_socket)
         stack.push_async_callback(server.close)
         await service.serve()
+        await serve_metrics(bus, settings.cluster, "kv", settings.id, registry)
         gc.freeze()  # what is here by now stays: a full collection pauses long enough to be noticed
         log.info("ready: arena %s of %.2f GiB on %s", arena.name, arena.size_bytes / 2**30, settings.kv_socket)
-        await run_until(stop, service, index, spans.run(bus, settings.cluster))
+        await run_until(stop, service, index, spans.run(bus, settings.cluster), BusMetrics(registry).run(bus))
 
 
 def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> None:
@@ -113,6 +130,16 @@ def show(metrics: KvMetrics, server: KvServer, index: IndexWriter, bus: Bus) -> 
     metrics.gauge("baton_kv_index_connected", "1 while Redis takes updates", lambda: index.number is not None)
     metrics.gauge("baton_kv_bus_connected", "1 while NATS is there", lambda: bus.connected)
     metrics.gauge("baton_kv_bad_messages", "Bus messages that broke their handler", lambda: bus.bad_messages)
+
+
+def show_peers(metrics: KvMetrics, peers: Peers) -> None:
+    metrics.gauge("baton_kv_pushes", "Transfers to other nodes under way", lambda: len(peers.pushes))
+    metrics.gauge("baton_kv_arrivals", "Transfers from other nodes under way", lambda: len(peers.arrivals))
+    metrics.gauge("baton_kv_peer_links", "Connections to and from other nodes", lambda: peers.links)
+    metrics.gauge("baton_kv_peers", "Nodes whose address is known", lambda: len(peers.directory))
+    metrics.gauge(
+        "baton_kv_peer_bytes_per_second", "How fast blocks come from other nodes", lambda: peers.speed.bytes_per_s
+    )
 
 
 async def run_until(

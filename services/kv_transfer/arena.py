@@ -5,6 +5,7 @@ node's next one; no page is missing when the first engine attaches, so a full /d
 SIGBUS in an engine.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -121,13 +122,26 @@ class Arena:
         self._words = self._view[layout.words_offset : end].cast("Q")
         return self._words
 
+    def words_now(self) -> memoryview:
+        """The words region as it was cut last."""
+        if self._words is None:
+            raise AssertionError("the arena is not cut yet")
+        return self._words
+
+    def block(self, layout: Layout, block: int) -> memoryview:
+        """A block's bytes, of all ranks."""
+        size = layout.slot_bytes * layout.ranks
+        start = layout.slots_offset + block * size
+        return self._view[start : start + size]
+
     def close(self) -> None:
         """Unlink first: nobody new can map it, and those who have keep their pages until they unmap."""
         self.path.unlink(missing_ok=True)
-        if self._words is not None:
-            self._words.release()
-        self._view.release()
-        self._mapped.close()
+        with contextlib.suppress(BufferError):  # a slot's view is still held somewhere: the process's end unmaps
+            if self._words is not None:
+                self._words.release()
+            self._view.release()
+            self._mapped.close()
         os.close(self._lock_fd)
 
 

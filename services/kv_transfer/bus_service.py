@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from opentelemetry.context import Context
 
+from services.kv_transfer.peers.peers import Peers
 from services.kv_transfer.store import Store
 from shared import subjects, wire
 from shared.bus import Bus
@@ -33,6 +34,8 @@ class BusService:
         node: str,
         incarnation: str,
         metrics_url: str,
+        peers: Peers,
+        moved_bytes: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.draining = False
         self._bus = bus
@@ -43,6 +46,8 @@ class BusService:
         self._node = node
         self._incarnation = incarnation
         self._metrics_url = metrics_url
+        self._peers = peers
+        self._moved_bytes = moved_bytes
         self._lost: list[str] = []
         self._wake = asyncio.Event()
 
@@ -50,6 +55,7 @@ class BusService:
         """Listen on the node's subject and on ping; returns when the server knows."""
         await self._bus.serve(subjects.kv(self._cluster, self._node), self._answer)
         await self._bus.serve(subjects.ping(self._cluster, self._id), self._answer)
+        await self._bus.listen(subjects.beats(self._cluster, "kv"), self._peers.directory.hear)
         await self._bus.flush()
 
     def host_closed(self, worker: str) -> None:
@@ -103,11 +109,18 @@ class BusService:
             version=VERSION,
             lost=lost,
             slots=self._store.counts(),
+            peer_address=self._peers.address,
+            peer_bytes_per_s=self._peers.speed.bytes_per_s,
+            block_bytes=geometry.slot_bytes * geometry.ranks if geometry else 0,
+            moved_bytes=self._moved_bytes(),
         )
 
     async def _answer(self, message: wire.AnyMessage, _context: Context) -> wire.Message:
         if isinstance(message, wire.KvLookup):
             return wire.KvHeld(node=self._node, blocks=self._store.held_prefix(message.keys))
+        if isinstance(message, wire.KvFetch):
+            blocks = self._peers.pushes.fetch(message.node, message.lease, message.keys, message.traceparent)
+            return wire.KvHeld(node=self._node, blocks=blocks)
         if isinstance(message, wire.KvRelease):
             self._release(message.lease)
             return wire.Done()

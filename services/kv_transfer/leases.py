@@ -33,6 +33,14 @@ class Lease:
     origins: dict[int, tuple["Lease", int]] = field(default_factory=dict)  # blocks lent by another lease: whose
     waits: set[Ticket] = field(default_factory=set)
     ends_complete: bool = False  # nobody releases it
+    push_node: str = ""  # where its blocks are pushed as they are committed
+    push_lease: str = ""  # of that node's store
+    is_offered: bool = True  # that store has taken the offer, or nothing is pushed
+    is_hopeless: bool = False  # nobody will bring what is missing: nothing is waited for
+
+    @property
+    def is_complete(self) -> bool:
+        return self.missing == 0 and self.is_offered
 
 
 @dataclass(slots=True, eq=False)
@@ -118,8 +126,32 @@ class LeaseEnded(msgspec.Struct, frozen=True):
     expired: bool
 
 
+class PushBegun(msgspec.Struct, frozen=True):
+    """A lease was granted whose blocks another node waits for."""
+
+    lease: str
+
+
+class PushReady(msgspec.Struct, frozen=True):
+    """A block of such a lease has been committed."""
+
+    lease: str
+    position: int
+
+
 class ArenaCut(msgspec.Struct, frozen=True):
     """The geometry is known (again): attaches that waited for it can be answered."""
 
 
-Event = Answered | RevokeAsked | SessionUnhealthy | HostClosed | Bound | Evicted | LeaseEnded | ArenaCut
+Event = (
+    Answered
+    | RevokeAsked
+    | SessionUnhealthy
+    | HostClosed
+    | Bound
+    | Evicted
+    | LeaseEnded
+    | PushBegun
+    | PushReady
+    | ArenaCut
+)

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.kv_transfer.peers.frames import REASONS
 from services.kv_transfer.sessions import MAX_SESSIONS
 from services.kv_transfer.slots import SlotState
 from services.kv_transfer.store import MAX_LEASES, MAX_QUEUED, Store
@@ -14,6 +15,7 @@ from services.kv_transfer.store import MAX_LEASES, MAX_QUEUED, Store
 class KvMetrics:
     def __init__(self, registry: CollectorRegistry, store: Store) -> None:
         moved = Counter("baton_kv_moved_bytes", "KV bytes read out of the arena", ["path"], registry=registry)
+        self._moved = moved
         self.moved_local = moved.labels(path="local")
         self.moved_peer = moved.labels(path="peer")
         self.failed_loads = Counter(
@@ -29,8 +31,31 @@ class KvMetrics:
         self.index_dropped = Counter(
             "baton_kv_index_dropped", "Prefix index updates dropped: backlog full", registry=registry
         )
+        self._refused_frames = Counter(
+            "baton_kv_refused_frames",
+            "Frames, offers and connections of other nodes that were refused",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in REASONS:
+            self._refused_frames.labels(reason=reason)
+        self._failed_transfers = Counter(
+            "baton_kv_failed_transfers", "Transfers between nodes that ended early", ["reason"], registry=registry
+        )
         self._registry = registry
         registry.register(_StoreCollector(store))
+
+    def refused_frame(self, reason: str) -> None:
+        """From any thread."""
+        self._refused_frames.labels(reason=reason).inc()
+
+    def failed_transfer(self, reason: str) -> None:
+        self._failed_transfers.labels(reason=reason).inc()
+
+    def moved_bytes(self) -> dict[str, int]:
+        """By path, since the start: beats carry it."""
+        samples = [one for family in self._moved.collect() for one in family.samples if one.name.endswith("_total")]
+        return {one.labels["path"]: int(one.value) for one in samples}
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A size that its owner knows; read when scraped."""

@@ -23,7 +23,10 @@ from services.kv_transfer.leases import (
     Event,
     Evicted,
     HostClosed,
+    Lease,
     LeaseEnded,
+    PushBegun,
+    PushReady,
     RevokeAsked,
     SessionUnhealthy,
     Ticket,
@@ -32,7 +35,7 @@ from services.kv_transfer.metrics import KvMetrics
 from services.kv_transfer.sessions import HOST, RANK, WATCH
 from services.kv_transfer.spans import Spans
 from services.kv_transfer.store import Store
-from shared.errors import BatonError, Internal, InvalidRequest, NoCapacity, SettingsError
+from shared.errors import BatonError, Internal, InvalidRequest, KvLost, NoCapacity, SettingsError
 from shared.kv.messages import (
     AnyAnswer,
     Attach,
@@ -59,11 +62,23 @@ LISTEN_BACKLOG = 256
 PROBE_S = 1.0
 
 
+def _nowhere(node: str) -> None:
+    raise KvLost(f"no store of {node} is known")
+
+
+def _ignored(*_: object) -> None:
+    pass
+
+
 class Outside(msgspec.Struct, frozen=True, kw_only=True):
     """Who else wants to know. Called on the loop; must not block or raise."""
 
     host_closed: Callable[[str], None]  # worker id
     key_changed: Callable[[bytes, bool], None]  # key, whether it is held now
+    check_push: Callable[[str], None] = _nowhere  # raises when nothing can be pushed to that node
+    push_begun: Callable[[Lease], None] = _ignored
+    push_ready: Callable[[str, int], None] = _ignored  # lease, position
+    lease_ended: Callable[[str], None] = _ignored
 
 
 class KvServer:
@@ -106,7 +121,7 @@ class KvServer:
     def release(self, lease: str) -> None:
         """On behalf of the lease's owner, from the bus."""
         self._store.release(lease, self._loop.time())
-        self._pump()
+        self.pump()
 
     # ---- connections -----------------------------------------------------------------------------------------
 
@@ -139,7 +154,7 @@ class KvServer:
             for number in connection.pending:
                 self._store.abandon((connection.serial, number), now)
             self._store.detach(who.session, who.kind, who.rank, now)
-            self._pump()
+            self.pump()
 
     def called(self, connection: Connection, call: Call) -> None:
         """One frame, guarded: a call that breaks is answered and forgotten."""
@@ -152,7 +167,7 @@ class KvServer:
             answer = Refusal(code=Internal.code, message="internal error")
         if answer is not None:
             connection.send(call.id, answer)
-        self._pump()
+        self.pump()
 
     # ---- calls -----------------------------------------------------------------------------------------------
 
@@ -165,6 +180,8 @@ class KvServer:
             raise InvalidRequest("attach first")
         now = self._loop.time()
         if isinstance(body, Reserve) and who.kind == HOST:
+            if body.push_node:
+                self._outside.check_push(body.push_node)
             ticket = self._ticket(connection, call.id)
             return self._kept(connection, ticket, lambda: self._store.reserve(who.session, body, ticket, now))
         if isinstance(body, Wait) and who.kind == HOST:
@@ -231,7 +248,8 @@ class KvServer:
         lease = self._store.find_lease(body.lease)
         before = self._store.written_bytes
         fresh = self._store.commit(who.session, who.rank, body, now)
-        if lease is not None and not lease.ends_complete:  # what is kept is no part of a request's time
+        # What is kept is no part of a request's time; a push has a span of its own.
+        if lease is not None and not lease.ends_complete and not lease.push_node:
             self._spans.committed(lease, fresh, self._store.written_bytes - before, body.started_ns)
 
     def _loaded(self, who: Attach, body: Loaded) -> None:
@@ -247,7 +265,7 @@ class KvServer:
 
     # ---- events and time -------------------------------------------------------------------------------------
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
         """Carry out what the store decided, until it has no more to say; then wait for its next deadline."""
         while events := self._store.take_events():
             for event in events:
@@ -262,7 +280,13 @@ class KvServer:
             self._outside.key_changed(event.key, isinstance(event, Bound))
         elif isinstance(event, Answered):
             self._answer(event.ticket, event.answer)
+        elif isinstance(event, PushReady):
+            self._outside.push_ready(event.lease, event.position)
+        elif isinstance(event, PushBegun):
+            if (lease := self._store.find_lease(event.lease)) is not None:
+                self._outside.push_begun(lease)
         elif isinstance(event, LeaseEnded):
+            self._outside.lease_ended(event.lease)
             geometry = self._store.sessions.geometry
             self._spans.ended(event.lease, geometry.ranks if geometry else 1)
             if event.expired:
@@ -316,7 +340,7 @@ class KvServer:
         try:
             self._store.advance(self._loop.time())
         finally:
-            self._pump()
+            self.pump()
 
 
 def bind(path: Path) -> socket.socket:

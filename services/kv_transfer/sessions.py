@@ -1,6 +1,7 @@
 """Who is attached: sessions, their connections, and the geometry that they agree on.
 
-Pure. Invariant: while any session is attached, geometry and cut of the arena do not change.
+Pure. Invariant: while any session is attached, or a guest has blocks in use, geometry and cut of the arena do not
+change. Guests are links to other nodes' stores: they bring no geometry and are nobody's worker.
 """
 
 from collections.abc import Callable
@@ -26,15 +27,25 @@ class Sessions:
         self._node = node
         self._cut = cut
         self._sessions: dict[str, Session] = {}
+        self._guests: dict[str, Session] = {}
+        self.lent_blocks = 0  # that are being sent to other nodes
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     def find(self, session: str) -> Session | None:
-        return self._sessions.get(session)
+        return self._sessions.get(session) or self._guests.get(session)
+
+    def admit(self, guest: str) -> None:
+        """A link that will write blocks; all ranks' slots at once, so it has one rank."""
+        self._guests[guest] = Session(guest, guest, hosts=1, ranks={0: 1})
+
+    def dismiss(self, guest: str) -> None:
+        """Once it has neither leases nor revocations."""
+        del self._guests[guest]
 
     def get(self, session: str) -> Session:
-        found = self._sessions.get(session)
+        found = self.find(session)
         if found is None:
             raise InvalidRequest("attach first")
         return found
@@ -78,10 +89,12 @@ class Sessions:
             raise InvalidRequest(f"rank {call.rank} of {theirs.ranks}")
         if self.geometry == theirs:
             return
-        if self._sessions and self.geometry is not None:
+        busy_guests = [guest.id for guest in self._guests.values() if guest.leases or guest.revocations]
+        if self.geometry is not None and (self._sessions or busy_guests or self.lent_blocks):
+            names = {session.worker for session in self._sessions.values()} or {*busy_guests, "other nodes"}
             raise KvMismatch(
                 f"worker {call.worker} has {_shown(theirs)}, but the store of {self._node} serves "
-                f"{_shown(self.geometry)} to {', '.join(sorted({s.worker for s in self._sessions.values()}))}"
+                f"{_shown(self.geometry)} to {', '.join(sorted(names))}"
             )
         self._cut(theirs)
         self.geometry = theirs

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from services.kv_transfer.checks import check_commit, check_reserve, check_wait
 from services.kv_transfer.claims import Claims
 from services.kv_transfer.deadlines import Deadlines
+from services.kv_transfer.eviction import Orders, ScanResistant
 from services.kv_transfer.leases import (
     Answered,
     ArenaCut,
@@ -20,6 +21,8 @@ from services.kv_transfer.leases import (
     HostClosed,
     Lease,
     LeaseEnded,
+    PushBegun,
+    PushReady,
     Queued,
     Revocation,
     Session,
@@ -29,6 +32,7 @@ from services.kv_transfer.revocations import REVOKE_ANSWER_S, Revocations
 from services.kv_transfer.room import needs_none, shortage
 from services.kv_transfer.sessions import HOST, Sessions
 from services.kv_transfer.slots import NO_BLOCK, Blocks, Layout, Words, cut
+from services.kv_transfer.waits import Waits
 from shared.errors import BatonError, InvalidRequest, KvLost, KvMemory
 from shared.kv.messages import Attach, Commit, Geometry, Keep, Ready, Reserve, Reserved, Wait
 
@@ -42,13 +46,16 @@ _LEASE, _QUEUE, _WAIT, _REVOKE = range(4)  # kinds of deadline
 class Store:
     """One node's store. Every method that takes `now` may leave events."""
 
-    def __init__(self, node: str, size_bytes: int, words: Callable[[Layout], Words]) -> None:
+    def __init__(
+        self, node: str, size_bytes: int, words: Callable[[Layout], Words], orders: Orders = ScanResistant
+    ) -> None:
         """Start without geometry; the first rank brings it.
 
         Args:
             node: for messages.
             size_bytes: of the arena.
             words: gives the words region of a cut.
+            orders: makes the eviction order of a cut.
         """
         self.sessions = Sessions(node, self._recut)
         self.evicted_blocks = 0
@@ -58,10 +65,11 @@ class Store:
         self.blocks: Blocks | None = None  # None until the first rank has attached
         self._size_bytes = size_bytes
         self._words = words
+        self._orders = orders
         self._leases: dict[str, Lease] = {}
         self._claims = Claims()
         self._queue: dict[str, Queued] = {}  # by lease, first come first
-        self._waits: dict[Ticket, Lease] = {}
+        self._waits = Waits(self._ready, self._answer, lambda ticket: self._deadlines.drop((_WAIT, ticket)))
         self._revocations = Revocations(self._settle, self._emit)
         self._deadlines: Deadlines[tuple[int, Ticket]] = Deadlines()
         self._events: list[Event] = []
@@ -174,7 +182,7 @@ class Store:
             if bits == (1 << ranks) - 1:
                 self._bind(lease, position, blocks)
         self.written_bytes += fresh * blocks.layout.slot_bytes
-        self._resolve(lease)
+        self._waits.resolve(lease)
         self._end_if_kept(lease, now)
         self._admit(now)
         return fresh
@@ -185,10 +193,9 @@ class Store:
         if lease is None or lease.session != session_id:
             raise KvLost("the lease is over")
         check_wait(call)
-        if lease.missing == 0 or call.timeout_s == 0:
+        if lease.is_complete or lease.is_hopeless or call.timeout_s == 0:
             return self._ready(lease)
-        lease.waits.add(ticket)
-        self._waits[ticket] = lease
+        self._waits.add(ticket, lease)
         self._deadlines.set((_WAIT, ticket), now + call.timeout_s)
         return None
 
@@ -209,7 +216,7 @@ class Store:
 
     def abandon(self, ticket: Ticket, now: float) -> None:
         """Nobody is left to read this late answer."""
-        self._drop_wait(ticket)
+        self._waits.drop(ticket)
         for lease_id in [lease_id for lease_id, queued in self._queue.items() if queued.ticket == ticket]:
             self._unqueue(lease_id)
         self._admit(now)
@@ -217,9 +224,8 @@ class Store:
     def advance(self, now: float) -> None:
         """Do what the deadlines up to now ask for."""
         for kind, name in self._deadlines.due(now):
-            if kind == _WAIT and name in self._waits:
-                self._answer(name, self._ready(self._waits[name]))
-                self._drop_wait(name)
+            if kind == _WAIT:
+                self._waits.time_out(name)
             elif kind == _QUEUE and name in self._queue:
                 queued = self._unqueue(str(name))
                 self._answer(queued.ticket, KvMemory(f"no room came in {queued.call.wait_s:g} s"))
@@ -227,6 +233,40 @@ class Store:
                 self._end(self._leases[str(name)], now, expired=True)
             elif kind == _REVOKE:
                 self._revocations.blame(str(name))
+        self._admit(now)
+
+    # ---- between nodes ---------------------------------------------------------------------------------------
+
+    def offered(self, lease_id: str) -> None:
+        """The other node's store has taken the offer of this lease's blocks. Unknown leases are fine."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            lease.is_offered = True
+            self._waits.resolve(lease)
+
+    def give_up(self, lease_id: str) -> None:
+        """What this lease waits for does not come: its waits end with what there is. Unknown leases are fine."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            lease.is_hopeless = True
+            self._waits.resolve(lease)
+
+    def hope(self, lease_id: str) -> None:
+        """Somebody brings it after all."""
+        if (lease := self._leases.get(lease_id)) is not None:
+            lease.is_hopeless = False
+
+    def lend(self, key: bytes) -> int | None:
+        """A block to be sent, pinned until `give_back`; None: it is not held."""
+        block = None if self.blocks is None else self.blocks.bound.get(key)
+        if block is not None:
+            self._cut_blocks().pin(block)
+            self.sessions.lent_blocks += 1
+        return block
+
+    def give_back(self, block: int, now: float) -> None:
+        self.sessions.lent_blocks -= 1
+        self._cut_blocks().unpin(block)
         self._admit(now)
 
     # ---- reserving -------------------------------------------------------------------------------------------
@@ -245,6 +285,7 @@ class Store:
     def _grant(self, session: Session, call: Reserve, now: float) -> Reserved:
         blocks = self._cut_blocks()
         lease = Lease(call.lease, call.request, session.id, call.write, call.keys, call.traceparent)
+        lease.push_node, lease.push_lease, lease.is_offered = call.push_node, call.push_lease, not call.push_node
         found = [blocks.bound.get(key, NO_BLOCK) for key in call.keys]
         lease.ready = [block != NO_BLOCK for block in found]
         for block in found:  # before anything is taken: taking evicts
@@ -257,6 +298,8 @@ class Store:
         lease.missing = lease.ready.count(False)
         self._leases[lease.id] = session.leases[lease.id] = lease
         self._deadlines.set((_LEASE, lease.id), now + call.ttl_s)
+        if lease.push_node:
+            self._emit(PushBegun(lease.id))
         slots, words = blocks.shown(found, [True] * len(found) if call.write else lease.ready)
         return Reserved(slots=slots, words=words, committed=list(lease.ready))
 
@@ -332,6 +375,8 @@ class Store:
         lease.origins.pop(position, None)
         lease.ready[position] = True
         lease.missing -= 1
+        if lease.push_node:
+            self._emit(PushReady(lease.id, position))
         if existing is not None:
             blocks.pin(existing)
             blocks.free(block)
@@ -346,17 +391,11 @@ class Store:
             claimant.blocks[claimed] = block
             claimant.ready[claimed] = True
             claimant.missing -= 1
-            self._resolve(claimant)
-
-    def _resolve(self, lease: Lease) -> None:
-        if lease.missing == 0 and lease.waits:
-            for ticket in list(lease.waits):
-                self._answer(ticket, self._ready(lease))
-                self._drop_wait(ticket)
+            self._waits.resolve(claimant)
 
     def _ready(self, lease: Lease) -> Ready:
         slots, words = self._cut_blocks().shown(lease.blocks, lease.ready)
-        return Ready(slots=slots, words=words, committed=list(lease.ready), complete=lease.missing == 0)
+        return Ready(slots=slots, words=words, committed=list(lease.ready), complete=lease.is_complete)
 
     # ---- ending ----------------------------------------------------------------------------------------------
 
@@ -367,9 +406,7 @@ class Store:
         lease.alive = False
         del self._leases[lease.id]
         self._deadlines.drop((_LEASE, lease.id))
-        for ticket in list(lease.waits):
-            self._answer(ticket, KvLost("the lease is over"))
-            self._drop_wait(ticket)
+        self._waits.end(lease)
         written: list[tuple[int, int]] = []
         # Backwards, so that of a prompt the last blocks are evicted first: a prefix without its end is still useful.
         for position in range(len(lease.keys) - 1, -1, -1):
@@ -404,12 +441,6 @@ class Store:
             else:
                 blocks.free(block)
 
-    def _drop_wait(self, ticket: Ticket) -> None:
-        lease = self._waits.pop(ticket, None)
-        if lease is not None:
-            lease.waits.discard(ticket)
-            self._deadlines.drop((_WAIT, ticket))
-
     def _emit(self, event: Event) -> None:
         self._events.append(event)
 
@@ -422,7 +453,7 @@ class Store:
         if self.blocks is not None:
             self._events += [Evicted(key) for key in self.blocks.bound]
             generation = self.blocks.generation + 1
-        self.blocks = Blocks(layout, self._words(layout), self._evicted, generation)
+        self.blocks = Blocks(layout, self._words(layout), self._evicted, generation, self._orders)
 
     def _evicted(self, key: bytes) -> None:
         self.evicted_blocks += 1

@@ -21,17 +21,8 @@ USUAL_KEYS = "usual"  # --keys without a value
 # The launcher gives every process its own; one value from the shell for all of them could only break the cluster.
 OWN_KEYS = frozenset(
     {
-        "cluster",
-        "id",
-        "node",
-        "nats_url",
-        "nats_user",
-        "nats_password",
-        "redis_url",
-        "probe_host",
-        "probe_port",
-        "share_port",
-        "kv_socket",
+        *("cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "share_port", "kv_socket"),
+        *("nats_user", "nats_password", "peer_secret", "peer_host", "peer_port", "peer_address"),
     }
 )
 MOST_GATEWAYS = 64
@@ -40,6 +31,7 @@ MOST_GATEWAYS = 64
 class UpOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill: int = 1
     decode: int = 1
+    nodes: int = 1
     gateways: int = 1
     arrangement: str = "auto"
     model: str = str(DEMO_MODEL)
@@ -78,7 +70,6 @@ def given_settings(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions:
     """Resolve. Raises Refusal for what is not offered."""
-    _refuse_what_comes_later(flags)
     values: dict[str, Any] = {
         key: given[key] for key in UpOptions.__struct_fields__ if key in given and key != "engine_args"
     }
@@ -103,6 +94,11 @@ def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions
         raise Refusal("--decode must be at least 1: decode workers produce the output")
     if options.prefill < 0 or (options.prefill < 1 and options.arrangement == "split"):
         raise Refusal("--prefill must be at least 1 with --arrangement split, and never negative")
+    if not 1 <= options.nodes <= options.prefill + options.decode:
+        raise Refusal(
+            f"--nodes must be between 1 and the number of workers ({options.prefill + options.decode}), "
+            f"not {options.nodes}: a node without a worker would hold nothing"
+        )
     if not 1 <= options.gateways <= MOST_GATEWAYS:
         raise Refusal(f"--gateways must be between 1 and {MOST_GATEWAYS}, not {options.gateways}")
     return options
@@ -158,7 +154,13 @@ def _add_up_flags(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--prefill", type=int, metavar="N", help="prefill workers (default 1)")
     add("--decode", type=int, metavar="N", help="decode workers (default 1)")
-    add("--nodes", type=int, default=1, metavar="N", help="1: more nodes are not supported yet")
+    add(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="logical nodes, each with its own KV store; prefill on the first, decode on the others, so that KV blocks "
+        "go from node to node over TCP (default 1: through shared memory)",
+    )
     add("--gateways", type=int, metavar="N", help="gateway processes on the one port (default 1)")
     add("--arrangement", choices=("auto", "split", "unsplit"), help="who computes prompts (default auto)")
     add("--model", metavar="PATH", help="a Hugging Face model folder or ORG/NAME (default: the demo model)")
@@ -196,11 +198,6 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
     elif name == "tap":
         add("subject", nargs="?", metavar="SUBJECT", help="below the cluster's name, e.g. 'beat.>' (default all)")
         add("--count", type=int, default=0, metavar="N", help="stop after N messages")
-
-
-def _refuse_what_comes_later(flags: argparse.Namespace) -> None:
-    if flags.nodes != 1:
-        raise Refusal(f"--nodes {flags.nodes}: only 1 is supported; more nodes come with a later version")
 
 
 def _keys(given: str) -> str:

@@ -16,7 +16,6 @@ from shared.bus_users import OPERATOR
 from shared.settings import SERVICES, CommonSettings, load, to_environ
 from shared.worker.sim.arguments import resolve
 
-NODE = "node-0"
 WORKER_BYTES = int(1.5 * GIB)  # measured: a worker's Python, torch and vLLM
 SIM_WORKER_BYTES = 128 * 1024**2  # measured: without either
 SIM_BLOCK_BYTES = 256  # of the sim's own book-keeping
@@ -24,6 +23,7 @@ SLOT_WORD_BYTES = 8  # beside each slot
 LEAST_ARENA_BYTES = 1024**2
 SERVICE_BYTES = GIB // 2  # gateway, kv_transfer, Redis and NATS together
 GATEWAY_BYTES = 160 * 1024**2  # of each further gateway; measured: 62 MiB idle, with a small vocabulary
+STORE_BYTES = 64 * 1024**2  # of each further kv_transfer, without its arena
 ARENA_BYTES = 2 * GIB
 ARENA_SHARE = 0.1  # of memory
 SMALL_KV_BYTES = GIB // 2
@@ -45,6 +45,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     run_folder: str
     ports: tuple[int, ...]
     token: str  # from it come the passwords of the bus; who knows it may do anything there
+    peer_secret: str = ""  # the stores of several nodes show each other that they know it
     redis_folder: str = ""  # where Redis keeps what it holds; empty: it keeps nothing
 
 
@@ -76,14 +77,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 class Rooms(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes."""
 
-    arena: int
+    arena: int  # of each node
     kv: int  # of each engine; 0 on GPUs
     total: int
 
 
 def ports_needed(options: UpOptions) -> int:
     own = options.gateways if _own_probes(options) else 0
-    return 2 + options.prefill + options.decode + own  # NATS, kv_transfer, workers, gateways
+    stores = options.nodes * (2 if options.nodes > 1 else 1)  # probes, and one to listen to each other
+    return 1 + stores + options.prefill + options.decode + own  # NATS, kv_transfer, workers, gateways
+
+
+def nodes_of(options: UpOptions) -> tuple[list[str], list[str]]:
+    """The node of each prefill and of each decode worker.
+
+    Prefill workers are on the first nodes and decode workers on the others, as many as their share of the workers: so
+    every hand-off goes from one node to another.
+    """
+    nodes = [f"node-{n}" for n in range(options.nodes)]
+    workers = options.prefill + options.decode
+    first = min(max(1, round(options.nodes * options.prefill / workers)), options.nodes - 1) if options.prefill else 0
+    ours, others = (nodes[:first], nodes[first:]) if options.nodes > 1 else (nodes, nodes)
+    prefill = [ours[n % len(ours)] for n in range(options.prefill)]
+    return prefill, [others[n % len(others)] for n in range(options.decode)]
 
 
 def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs, place: Place) -> Plan:
@@ -91,6 +107,8 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
     rooms = _rooms(options, machine, model)
     _refuse_what_does_not_fit(options, machine, rooms)
     nats_port, *probe_ports = place.ports
+    kv_ports, probe_ports = _split(probe_ports, options.nodes)
+    peer_ports, probe_ports = _split(probe_ports, options.nodes if options.nodes > 1 else 0)
     redis_socket = f"{place.run_folder}/redis.sock"
     given = {
         **options.given,
@@ -98,8 +116,6 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         "nats_url": f"nats://{LOOPBACK}:{nats_port}",
         "redis_url": f"unix://{redis_socket}",
         "probe_host": LOOPBACK,
-        "node": NODE,
-        "kv_socket": f"{place.run_folder}/kv.sock",
         "model": model.path,
         "revision": options.revision,
         "served_model_name": options.served_model_name or model.name,
@@ -115,9 +131,11 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
     }
     address = f"{'https' if options.given.get('https_cert') else 'http'}://{_reachable(options.host)}:{options.port}"
     services = [
-        _service("kv", "kv-0", given, programs, probe_port=probe_ports[0]),
-        *_workers(options, machine, given, programs, place, probe_ports[1 : 1 + options.prefill + options.decode]),
-        *_gateways(options, given, programs, address, probe_ports[1 + options.prefill + options.decode :]),
+        *_stores(given, programs, place, kv_ports, peer_ports),
+        *_workers(
+            options, machine, given, programs, place=place, ports=probe_ports[: options.prefill + options.decode]
+        ),
+        *_gateways(options, given, programs, address, probe_ports[options.prefill + options.decode :]),
     ]
     return Plan(
         cluster=given["cluster"],
@@ -167,11 +185,35 @@ def _brokers(programs: Programs, place: Place, redis_socket: str) -> tuple[Proce
     )
 
 
+def _split(ports: list[int], count: int) -> tuple[list[int], list[int]]:
+    return ports[:count], ports[count:]
+
+
+def _stores(
+    given: Mapping[str, Any], programs: Programs, place: Place, ports: Sequence[int], peer_ports: Sequence[int]
+) -> list[Process]:
+    """One a node. One alone listens to nobody."""
+    processes = []
+    for number, port in enumerate(ports):
+        values = {**given, **_node(place, f"node-{number}")}
+        if peer_ports:
+            own = {"peer_secret": place.peer_secret, "peer_host": LOOPBACK, "peer_port": peer_ports[number]}
+            values.update(own)
+        processes.append(_service("kv", f"kv-{number}", values, programs, probe_port=port))
+    return processes
+
+
+def _node(place: Place, node: str) -> dict[str, str]:
+    """What the processes of a node share."""
+    return {"node": node, "kv_socket": f"{place.run_folder}/{node}.sock"}
+
+
 def _workers(
     options: UpOptions,
     machine: Machine,
     given: Mapping[str, Any],
     programs: Programs,
+    *,
     place: Place,
     ports: Sequence[int],
 ) -> list[Process]:
@@ -181,15 +223,17 @@ def _workers(
     # A sim worker is a few threads that mostly sleep.
     cores = [""] * len(ids) if is_sim else core_shares(machine, len(ids))
     gpus, gpu_memory = ([""] * len(ids), 0.0) if is_sim else gpu_shares(machine, len(ids), options.engine_args)
+    nodes = [node for pool in nodes_of(options) for node in pool]
     processes = []
-    for (role, worker_id), port, core_list, gpu in zip(ids, ports, cores, gpus, strict=True):
+    for (role, worker_id), node, port, core_list, gpu in zip(ids, nodes, ports, cores, gpus, strict=True):
         engine_args = dict(options.engine_args)
         if not machine.gpus and not is_sim:
             # torch.compile doubles the time to ready on a CPU (40 s instead of 17) and gains little there.
             engine_args.setdefault("enforce_eager", True)
         if gpu_memory and "gpu_memory_utilization" not in engine_args:
             engine_args["gpu_memory_utilization"] = gpu_memory
-        values = {**given, "engine_args": engine_args, "cpu_cores": given.get("cpu_cores", core_list)}
+        values = {**given, **_node(place, node), "engine_args": engine_args}
+        values["cpu_cores"] = given.get("cpu_cores", core_list)
         environ = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         if not is_sim:
             environ["VLLM_RPC_BASE_PATH"] = (
@@ -265,7 +309,7 @@ def _service(
         role=role,
         id=service_id,
         command=tuple(programs[role]),
-        node="" if role == "gateway" else NODE,
+        node=given.get("node", ""),
         settings=settings,
         environ=dict(environ or {}),
         probe_url=probe_url,
@@ -278,7 +322,7 @@ def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
         return _sim_rooms(options, machine)
     prompt = model.kv_bytes(_max_len(options, model), _value_bytes(options))
     least_arena = ARENA_PROMPTS * prompt
-    arena = min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), int(machine.free_shm_bytes * GPU_SHARE))
+    arena = _usual_arena(options, machine)
     arena = int(options.arena_gib * GIB) or max(arena, least_arena)
     kv = 0
     if not machine.gpus:
@@ -286,7 +330,7 @@ def _rooms(options: UpOptions, machine: Machine, model: Model) -> Rooms:
         kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
     weights = 0 if machine.gpus else model.weights_bytes
     workers = options.prefill + options.decode
-    total = workers * (WORKER_BYTES + weights + kv) + arena + _service_bytes(options)
+    total = workers * (WORKER_BYTES + weights + kv) + options.nodes * arena + _service_bytes(options)
     return Rooms(arena=arena, kv=kv, total=total)
 
 
@@ -294,28 +338,35 @@ def _sim_rooms(options: UpOptions, machine: Machine) -> Rooms:
     """Room for as many tokens with their bytes as without. Raises SettingsError for the engine's arguments."""
     shape = resolve(options.engine_args, has_kv=options.sim_kv == "on")
     prompt = math.ceil(shape.max_model_len / shape.block_size) * shape.block_bytes
-    arena = min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), int(machine.free_shm_bytes * GPU_SHARE))
+    arena = _usual_arena(options, machine)
     blocks = max(arena, ARENA_PROMPTS * prompt) // shape.block_bytes + 2  # the arena has a head, too
     arena = int(options.arena_gib * GIB) or max(LEAST_ARENA_BYTES, blocks * (shape.slot_bytes + SLOT_WORD_BYTES))
     wanted = min(KV_PROMPTS * prompt, int(machine.memory_bytes * KV_SHARE))
     kv = int(options.kv_gib * GIB) or max(SMALL_KV_BYTES, wanted, prompt)
     pages = kv // shape.block_bytes * (shape.slot_bytes + SIM_BLOCK_BYTES)
     workers = options.prefill + options.decode
-    total = workers * (SIM_WORKER_BYTES + pages) + arena + _service_bytes(options)
+    total = workers * (SIM_WORKER_BYTES + pages) + options.nodes * arena + _service_bytes(options)
     return Rooms(arena=arena, kv=kv, total=total)
 
 
+def _usual_arena(options: UpOptions, machine: Machine) -> int:
+    free = int(machine.free_shm_bytes * GPU_SHARE) // options.nodes
+    return min(ARENA_BYTES, int(machine.memory_bytes * ARENA_SHARE), free)
+
+
 def _service_bytes(options: UpOptions) -> int:
-    return SERVICE_BYTES + (options.gateways - 1) * GATEWAY_BYTES
+    return SERVICE_BYTES + (options.gateways - 1) * GATEWAY_BYTES + (options.nodes - 1) * STORE_BYTES
 
 
 def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms) -> None:
     shorter = "use a shorter --engine-arg max_model_len=N"
     what = "workers" if options.gateways == 1 else "workers or gateways"
-    if rooms.arena > machine.free_shm_bytes:
+    arenas = options.nodes * rooms.arena
+    if arenas > machine.free_shm_bytes:
+        which = "the KV arena needs" if options.nodes == 1 else f"the KV arenas of {options.nodes} nodes need"
         raise Refusal(
-            f"shared memory has {_gib(machine.free_shm_bytes)} free in {options.shm_dir} and the KV arena needs "
-            f"{_gib(rooms.arena)}: enlarge it (docker: --shm-size), pass a smaller --arena-gib, or {shorter}"
+            f"shared memory has {_gib(machine.free_shm_bytes)} free in {options.shm_dir} and {which} "
+            f"{_gib(arenas)}: enlarge it (docker: --shm-size), pass a smaller --arena-gib, or {shorter}"
         )
     if rooms.total > machine.free_memory_bytes:
         raise Refusal(

@@ -111,6 +111,8 @@ class KvClient:
         wait_s: float = 0.0,
         take_from: str = "",
         traceparent: str = "",
+        push_node: str = "",
+        push_lease: str = "",
     ) -> Reserved:
         """All blocks or KvMemory; see messages.Reserve. Raises KvLost when the store is away."""
         call = Reserve(
@@ -122,6 +124,8 @@ class KvClient:
             wait_s=wait_s,
             take_from=take_from,
             traceparent=traceparent,
+            push_node=push_node,
+            push_lease=push_lease,
         )
         try:
             return await self._call(call, Reserved, wait_s + CALL_S)

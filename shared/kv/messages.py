@@ -57,6 +57,10 @@ class Reserve(Body, frozen=True):
     wait_s: float = 0.0  # how long to queue for room before KvMemory
     take_from: str = ""
     traceparent: str = ""
+    # With `write`: the blocks are for this lease of another node's store. They are pushed there as they are committed,
+    # and a Wait is complete only when that store has taken the offer.
+    push_node: str = ""
+    push_lease: str = ""
 
 
 class Keep(Body, frozen=True):

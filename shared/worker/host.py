@@ -12,6 +12,7 @@ standing still. If it failed for a wedged engine too, the probe would kill the h
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -20,9 +21,13 @@ import time
 import uuid
 from contextlib import AsyncExitStack
 
+import uvloop
+
 from shared import subjects, telemetry, wire
 from shared.bus import Bus
+from shared.bus_metrics import BusMetrics
 from shared.errors import BatonError, Draining, EngineFailed, SettingsError
+from shared.exposition import serve_metrics
 from shared.kv.client import KvClient
 from shared.loop_lag import LoopLag
 from shared.probes import Probes
@@ -47,6 +52,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.2
 ENGINE_CHECK_S = 1.0
 BYTES_PER_GIB = 1 << 30
+GC_THRESHOLD = (50_000, 20, 50)  # jobs leave no cycles to speak of, and a collection holds up every stream
 
 
 def main(role: str) -> None:
@@ -55,7 +61,8 @@ def main(role: str) -> None:
         settings = load(WorkerSettings)
         takes = takes_of(settings, role)
         telemetry.start_logs(role, settings.id, log_format=settings.log_format, level=settings.log_level)
-        code = asyncio.run(Worker(settings, role, takes).run())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            code = runner.run(Worker(settings, role, takes).run())
     except SettingsError as error:
         print(f"baton {role}: {error}", file=sys.stderr)
         code = 2
@@ -179,6 +186,7 @@ class Worker:
                 tasks.create_task(context.batches.run()),
                 tasks.create_task(self._watch(bus, context)),
                 tasks.create_task(self._spans.run(bus, cluster)),
+                tasks.create_task(BusMetrics(self._metrics.registry).run(bus)),
             ]
             # Both handlers always run: a role is what is advertised.
             decode = DecodeHandler(context, context.engine.info.max_running + settings.max_waiting)
@@ -191,6 +199,7 @@ class Worker:
             ]
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)
+            await serve_metrics(bus, cluster, self._role, settings.id, self._metrics.registry)
             for beats in (subjects.beats(cluster, "gateway"), subjects.beat(cluster, self._role, settings.id)):
                 await bus.listen(beats, lambda beat: self._hear(beat, context.jobs))
             await bus.flush()
@@ -202,6 +211,9 @@ class Worker:
                 for test in tests:
                     await test.unsubscribe()
                 context.forget_speeds()
+                gc.collect()
+                gc.freeze()  # what is here now stays: engine, tables, tokenizer; later collections pass it by
+                gc.set_threshold(*GC_THRESHOLD)
                 self._state = "ready"
                 log.info("ready: takes %s", ", ".join(self._takes))
                 running.append(tasks.create_task(self._beat(bus, context, probes.url)))

@@ -11,11 +11,17 @@ from shared.worker.context import WorkerContext
 
 @asynccontextmanager
 async def held(
-    context: WorkerContext, request: str, attempt: int, keys: list[bytes], *, write: bool, take_from: str = ""
+    context: WorkerContext, request: str, attempt: int, keys: list[bytes], *, for_node: str, for_lease: str
 ) -> AsyncIterator[tuple[str, Reserved]]:
-    """All blocks of a prompt under a new lease, released on every path out. Raises KvMemory or KvLost."""
+    """All blocks of a prompt to write, for a lease of this or another node, released on every path out.
+
+    Raises KvMemory or KvLost.
+    """
     lease = f"{request}-{attempt}-{uuid.uuid4().hex[:8]}"
-    slots = await reserve(context, lease, request, keys, write=write, take_from=take_from)
+    where = {"take_from": for_lease}
+    if for_node != context.node:
+        where = {"push_node": for_node, "push_lease": for_lease}
+    slots = await reserve(context, lease, request, keys, write=True, **where)
     try:
         yield lease, slots
     finally:
@@ -23,7 +29,7 @@ async def held(
 
 
 async def reserve(
-    context: WorkerContext, lease: str, request: str, keys: list[bytes], *, write: bool, take_from: str = ""
+    context: WorkerContext, lease: str, request: str, keys: list[bytes], *, write: bool, **where: str
 ) -> Reserved:
     """Ask the store, with this worker's limits. Raises KvMemory or KvLost."""
     return await context.kv.reserve(
@@ -33,8 +39,8 @@ async def reserve(
         write=write,
         ttl_s=context.lease_s,
         wait_s=context.reserve_s,
-        take_from=take_from,
         traceparent=telemetry.traceparent(),
+        **where,
     )
 
 

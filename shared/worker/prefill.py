@@ -17,6 +17,9 @@ from shared.worker.leases import held, leading
 _ONE_TOKEN = wire.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
+OFFER_S = 10.0
+
+
 class PrefillHandler:
     """Answers `{c}.prefill.{worker}`. At most `limit` jobs at once, then Busy."""
 
@@ -59,8 +62,8 @@ class PrefillHandler:
             raise KvLost("this node's KV store is away")
         geometry = attached.geometry
         keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
-        take_from = job.lease if job.node == context.node else ""
-        async with held(context, job.request, job.attempt, keys, write=True, take_from=take_from) as (lease, slots):
+        where = {"for_node": job.node, "for_lease": job.lease}
+        async with held(context, job.request, job.attempt, keys, **where) as (lease, slots):
             hits = leading(slots.committed)
             cached = min(hits * geometry.block_size, len(job.tokens) // wire.TOKEN_BYTES)
             if hits < len(keys):
@@ -74,9 +77,10 @@ class PrefillHandler:
                     write=[not committed for committed in slots.committed],
                 )
                 cached = await self._engine(job, plan, cached)
-                ready = await context.kv.wait(lease, timeout_s=0)
-                if not ready.complete:
-                    raise KvLost("the prompt was computed, but not all of its blocks reached the store")
+            # Another node's store may not have said yet that it takes them; its own deadlines are shorter.
+            ready = await context.kv.wait(lease, timeout_s=0 if job.node == context.node else OFFER_S)
+            if not ready.complete:
+                raise KvLost("the prompt was computed, but not all of its blocks reached the store")
         context.prompts.drop((job.request, job.attempt))  # else the reply would count it still
         return wire.PrefillDone(
             request=job.request, attempt=job.attempt, cached_tokens=cached, backlog=context.backlog()

@@ -162,6 +162,8 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
     ),
     (wire.TracesAsked(order="slowest", limit=3), {"type": "TracesAsked", "order": "slowest", "limit": 3}),
     (wire.TraceAsked(id="t"), {"type": "TraceAsked", "id": "t"}),
+    (wire.MetricsAsked(), {"type": "MetricsAsked"}),
+    (wire.MetricsText(text="a 1\n"), {"type": "MetricsText", "text": "a 1\n"}),
     (wire.TraceList(traces=[]), {"type": "TraceList", "traces": []}),
     (
         wire.TraceFound(
@@ -204,6 +206,10 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
     (wire.Pong(id="w"), {"type": "Pong", "id": "w"}),
     (wire.KvLookup(keys=[b"k"]), {"type": "KvLookup", "keys": [b"k"]}),
     (wire.KvHeld(node="n", blocks=3), {"type": "KvHeld", "node": "n", "blocks": 3}),
+    (
+        wire.KvFetch(node="n", lease="l", keys=[b"k"]),
+        {"type": "KvFetch", "node": "n", "lease": "l", "keys": [b"k"]},
+    ),
     (wire.KvRelease(lease="l"), {"type": "KvRelease", "lease": "l"}),
     (wire.KvStatsRequest(), {"type": "KvStatsRequest"}),
     (
@@ -224,6 +230,10 @@ GOLDEN: list[tuple[wire.Message, dict]] = [
             "forces": True,
             "lost": ["x"],
         },
+    ),
+    (
+        wire.Traffic(gateway="g", incarnation="i", up_s=7.5, counts={"shed": {"queue_full": 2.0}}),
+        {"type": "Traffic", "gateway": "g", "incarnation": "i", "up_s": 7.5, "counts": {"shed": {"queue_full": 2.0}}},
     ),
 ]
 NAMES = [type(message).__name__ for message, _ in GOLDEN]

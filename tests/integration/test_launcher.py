@@ -161,7 +161,7 @@ def test_a_taken_port_is_refused(baton: Launches) -> None:
         (("--model", "/nowhere/at/all"), {}, "there is no model folder /nowhere/at/all"),
         (("--arena-gib", "1000000"), {}, "shared memory has"),
         (("--kv-gib", "1000000"), {}, "of memory and"),
-        (("--nodes", "2"), {}, "--nodes 2"),
+        (("--nodes", "3"), {}, "--nodes must be"),
         (("--no-such-option",), {}, "unrecognized arguments: --no-such-option"),
         ((), {"BATON_NO_SUCH_KEY": "1"}, "unknown setting BATON_NO_SUCH_KEY"),
         ((), {"BATON_DRAIN_S": "soon"}, "drain_s"),

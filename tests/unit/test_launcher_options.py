@@ -71,7 +71,8 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], words: str)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--nodes", "2"], "--nodes 2: only 1"),
+        (["--nodes", "3"], "--nodes must be between 1 and the number of workers (2), not 3"),
+        (["--nodes", "0"], "--nodes must be between 1"),
         (["--gateways", "0"], "--gateways must be between 1 and 64, not 0"),
         (["--gateways", "65"], "--gateways must be between 1 and 64, not 65"),
         (["--gateways", "many"], "invalid int value"),

@@ -75,7 +75,7 @@ def test_every_service_reads_the_settings_that_were_planned() -> None:
     )
     assert (gateway["queue_s"], gateway["port"], gateway["cluster"]) == (3.0, 8123, "baton-8123")
     assert (worker["lease_s"], worker["engine_args"]) == (60.0, {"dtype": "float32", "enforce_eager": True})
-    assert worker["kv_socket"] == kv["kv_socket"] == "/run/x/kv.sock"
+    assert worker["kv_socket"] == kv["kv_socket"] == "/run/x/node-0.sock"
     assert gateway["redis_url"] == worker["redis_url"] == kv["redis_url"] == "unix:///run/x/redis.sock"
     assert gateway["nats_url"] == "nats://127.0.0.1:20000"
     assert [one["nats_user"] for one in (gateway, worker, kv)] == ["gateway", "decode", "kv"]

@@ -13,8 +13,9 @@ from services.gateway.gateway import Gateway
 from shared.errors import BatonError
 
 CLIENT = "baton.client"  # in a scope
-OPEN = frozenset({"/health", "/ready"})
-API = "/v1/"
+OPEN = frozenset({"/health", "/ready", "/dashboard"})
+OPEN_FILES = "/dashboard/assets/"
+KEYED = ("/v1/", "/dashboard/")  # whoever asks, and from wherever
 
 
 async def gated(gateway: Gateway, rest: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,7 +25,7 @@ async def gated(gateway: Gateway, rest: ASGIApp, scope: Scope, receive: Receive,
     headers = dict(scope["headers"])
     scope[CLIENT] = ANONYMOUS
     try:
-        if scope["path"] not in OPEN and not _looks_after_it(scope, headers):
+        if not (_is_open(scope["path"]) or _looks_after_it(scope, headers)):
             scope[CLIENT] = gateway.access.client(headers.get(b"authorization", b""))
     except BatonError as error:
         status, more, body = http_errors.render(error)
@@ -35,9 +36,13 @@ async def gated(gateway: Gateway, rest: ASGIApp, scope: Scope, receive: Receive,
     await rest(scope, receive, send)
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN or path.startswith(OPEN_FILES)
+
+
 def _looks_after_it(scope: Scope, headers: dict[bytes, bytes]) -> bool:
     """Somebody on this machine who asks for metrics or the like, not for a model, and not on behalf of another."""
-    if scope["path"].startswith(API) or b"x-forwarded-for" in headers or b"forwarded" in headers:
+    if scope["path"].startswith(KEYED) or b"x-forwarded-for" in headers or b"forwarded" in headers:
         return False
     try:
         return ipaddress.ip_address((scope.get("client") or ("",))[0]).is_loopback

@@ -1,4 +1,4 @@
-"""`GET /dashboard/traces`: the last or the slowest, and one of them span by span. Same access rule as /metrics."""
+"""`GET /dashboard/traces`: the last or the slowest, and one of them span by span. Same access rule as the API."""
 
 from typing import Annotated, Literal
 

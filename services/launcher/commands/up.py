@@ -86,6 +86,7 @@ def _launch_there(options: UpOptions, folder: ClusterFolder, programs: Programs,
             run_folder=run_folder,
             ports=tuple(free_ports(ports_needed(options))),
             token=secrets.token_urlsafe(24),
+            peer_secret=secrets.token_urlsafe(32),
             redis_folder=_redis_folder(options, folder),
         )
         chosen = plan(options, machine, model, programs, place)
@@ -194,6 +195,7 @@ async def _welcome(chosen: Plan, options: UpOptions, folder: ClusterFolder, took
 def _tiers(options: UpOptions) -> str:
     engine = f", sim engine at speed {options.sim_speed:g}" if options.engine == "sim" else ""
     gateways = f", {options.gateways} gateways" if options.gateways > 1 else ""
+    gateways += f", {options.nodes} nodes" if options.nodes > 1 else ""
     return f"{options.prefill} prefill, {options.decode} decode{gateways}, arrangement {options.arrangement}{engine}"
 
 
