@@ -34,9 +34,12 @@ def rights(cluster: str, role: str) -> Rights:
             publish=(
                 *(named(c, ANY) for named in (subjects.decode, subjects.prefill, subjects.cancel, subjects.kv)),
                 *(named(c, ANY) for named in (subjects.ping, subjects.metrics, subjects.trace)),
-                *(subjects.beat(c, role, ANY), subjects.wanted(c)),
+                *(subjects.beat(c, role, ANY), subjects.wanted(c), subjects.traffic(c, ANY)),
             ),
-            subscribe=(*own, subjects.gateway(c, ANY), subjects.spans(c, ANY), subjects.trace(c, ANY)),
+            subscribe=(
+                *(*own, subjects.all_traffic(c)),
+                *(named(c, ANY) for named in (subjects.gateway, subjects.spans, subjects.trace)),
+            ),
         )
     if role == "kv":
         return Rights(
