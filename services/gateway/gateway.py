@@ -87,7 +87,6 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
-        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.roster = Roster()
         self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.cluster_metrics = ClusterMetrics(
@@ -97,6 +96,14 @@ class Gateway:
         needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
         self._replicas = Replicas(frozenset(needs), target.ttft_s, target.itl_s)
         self._costs = Costs(settings.prices)
+        self.dashboard = Feed(
+            settings,
+            model,
+            bus=bus,
+            fleet=self.fleet,
+            metrics=metrics,
+            price_per_hour=lambda: self._costs.per_hour,
+        )
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()

@@ -58,12 +58,18 @@ export class Requests {
     }
   }
 
+  key(event, open) {
+    if (event.key !== "Enter") return;
+    event.preventDefault(); // else the same key presses what the dialog puts the focus on
+    open();
+  }
+
   row(trace) {
     const open = () => openTrace(trace.trace_id);
     const id = trace.request_id ?? trace.trace_id;
     return h("tr", {
       tabindex: 0, "data-trace": trace.trace_id, "aria-label": `${trace.outcome} request ${id}, ${ms(trace.duration_ms)}: open its waterfall`,
-      onclick: open, onkeydown: (event) => { if (event.key === "Enter") open(); },
+      onclick: open, onkeydown: (event) => this.key(event, open),
     },
     h("td", {}, clock(trace.start_unix_ms)), h("td", { class: "mono clip", title: id }, id.slice(0, 12)),
     h("td", { class: "wide clip" }, trace.tenant ?? ""), h("td", { class: "wide" }, trace.path ?? ""),
