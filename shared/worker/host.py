@@ -39,12 +39,15 @@ from shared.worker.context import WorkerContext
 from shared.worker.decode import DecodeHandler
 from shared.worker.engine import Engine
 from shared.worker.gateways import Gateways
+from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
+from shared.worker.pulling import Pulling
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
+from shared.worker.vllm_telemetry import EngineMetrics
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ class Worker:
                 batches=batches,
                 reserve_s=settings.reserve_s,
                 lease_s=settings.lease_s,
+                pulling=Pulling(bus, settings.cluster, settings.node, kv, self._metrics, settings.pull),
             )
             if settings.kv_socket and engine.info.splits:
                 await kv.connect()
@@ -142,6 +146,8 @@ class Worker:
 
     async def _start_vllm(self) -> Engine:
         settings = self._settings
+        self._metrics.registry.register(EngineMetrics())
+        watch_gpus(self._metrics.registry)
         return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,
