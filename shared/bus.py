@@ -2,14 +2,17 @@
 
 Invariants: every request has a deadline and a reply subject, so a missing responder is an instant `WorkerLost`; every
 handler guards each message, so one bad message is counted and answered, never fatal; a `Failure` reply is raised
-again as the error it stands for. Handlers of requests run concurrently, at most `max_handlers` at once.
+again as the error it stands for. Handlers of requests run concurrently, at most `max_handlers` at once. Answers to all
+questions come through one subscription: the client's own `request` makes a task and a random name for each.
 """
 
 import asyncio
 import contextlib
 import logging
+import uuid
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from itertools import count
+from typing import Generic, TypeVar
 
 import msgspec
 import nats
@@ -30,6 +33,7 @@ MessageHandler = Callable[[wire.AnyMessage], None]
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 CONNECT_S = 10.0
+NO_RESPONDERS = "503"  # the server's status where nobody listens
 
 
 class Bus:
@@ -39,6 +43,9 @@ class Bus:
         self._client = client
         self._max_handlers = max_handlers
         self._handlers: set[asyncio.Task[None]] = set()
+        self._inbox = f"_INBOX.{uuid.uuid4().hex}"
+        self._numbers = count()
+        self._open: dict[str, asyncio.Future[Msg]] = {}  # questions, by number; each has a deadline
         self.bad_messages = 0  # read by each service's metrics
         self.reconnects = 0  # each time, what others published meanwhile may be lost
 
@@ -72,6 +79,7 @@ class Bus:
                     ping_interval=5,
                     max_outstanding_pings=2,
                 )
+                await client.subscribe(f"{bus._inbox}.*", cb=bus._on_answer)
         except (OSError, TimeoutError, nats.errors.Error) as error:
             raise SettingsError(f"setting 'nats_url': no NATS server answers: {type(error).__name__}") from error
         return bus
@@ -89,22 +97,26 @@ class Bus:
 
         Raises WorkerLost when nobody listens there, Timeout, BusUnavailable, or the error that the other side sent.
         """
+        return await Question(self, subject, message, expect).answer(timeout_s)
+
+    async def _exchange(self, subject: str, message: wire.Message, answer: "asyncio.Future[Msg]") -> Msg:
+        """Send a question and wait for the end of `answer`, whoever ends it. Raises BusUnavailable."""
+        number = str(next(self._numbers))
+        self._open[number] = answer
         try:
-            answer = await self._client.request(
-                subject, wire.encode(message), timeout=timeout_s, headers=telemetry.inject() or None
-            )
-        except nats.errors.NoRespondersError as error:
-            raise WorkerLost(f"nobody listens on {subject}") from error
-        except (TimeoutError, nats.errors.TimeoutError) as error:
-            raise Timeout(f"no answer on {subject} within {timeout_s:g} s") from error
+            if not answer.done():
+                headers, reply = telemetry.inject() or None, f"{self._inbox}.{number}"
+                await self._client.publish(subject, wire.encode(message), reply=reply, headers=headers)
+            return await answer
         except (nats.errors.Error, OSError) as error:
             raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
-        reply = _decode(answer.data)
-        if isinstance(reply, wire.Failure):
-            raise from_wire(reply.code, reply.message, param=reply.param, retry_after_s=reply.retry_after_s)
-        if isinstance(reply, (expect, wire.Busy)):
-            return reply
-        raise Internal(f"unexpected {type(reply).__name__} on {subject}")
+        finally:
+            del self._open[number]
+
+    async def _on_answer(self, msg: Msg) -> None:
+        answer = self._open.get(msg.subject.rpartition(".")[2])
+        if answer is not None and not answer.done():
+            answer.set_result(msg)
 
     async def publish(self, subject: str, message: wire.Message) -> None:
         """Send and forget. Raises BusUnavailable."""
@@ -168,6 +180,43 @@ class Bus:
             await self._client.publish(msg.reply, wire.encode(reply))
         except (nats.errors.Error, OSError) as error:
             log.warning("bus: reply lost: %s", type(error).__name__)
+
+
+class Question(Generic[M]):
+    """One request on its way; `end` ends it from outside."""
+
+    def __init__(self, bus: Bus, subject: str, message: wire.Message, expect: type[M]) -> None:
+        self._bus = bus
+        self._subject = subject
+        self._message = message
+        self._expect = expect
+        self._loop = asyncio.get_running_loop()
+        self._answer: asyncio.Future[Msg] = self._loop.create_future()
+
+    def end(self, error: BatonError) -> None:
+        """Whoever waits for the answer gets this instead, unless it is here."""
+        if not self._answer.done():
+            self._answer.set_exception(error)
+
+    async def answer(self, timeout_s: float) -> M | wire.Busy:
+        """See Bus.request."""
+        late = Timeout(f"no answer on {self._subject} within {timeout_s:g} s")
+        timer = self._loop.call_later(timeout_s, self.end, late)
+        try:
+            # Of the future an exception is told even if this task is cancelled meanwhile.
+            answer = await self._bus._exchange(self._subject, self._message, self._answer)  # noqa: SLF001
+        finally:
+            timer.cancel()
+            if not self._answer.cancel() and not self._answer.cancelled():
+                self._answer.exception()
+        if not answer.data and answer.headers and answer.headers.get("Status") == NO_RESPONDERS:
+            raise WorkerLost(f"nobody listens on {self._subject}")
+        reply = _decode(answer.data)
+        if isinstance(reply, wire.Failure):
+            raise from_wire(reply.code, reply.message, param=reply.param, retry_after_s=reply.retry_after_s)
+        if isinstance(reply, (self._expect, wire.Busy)):
+            return reply
+        raise Internal(f"unexpected {type(reply).__name__} on {self._subject}")
 
 
 def failure(error: BatonError, backlog: wire.Backlog | None = None) -> wire.Failure:

@@ -5,6 +5,7 @@ is an error that names it. Fields in `SECRETS` and `PASSWORDS` are redacted when
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,7 +27,7 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What every service has."""
 
     cluster: Name = "baton"
-    id: Name  # unique in the cluster, e.g. prefill-0
+    id: Name = msgspec.field(default_factory=lambda: socket.gethostname().partition(".")[0])  # unique in the cluster
     nats_url: str = "nats://127.0.0.1:4222"
     redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path
     probe_host: str = "127.0.0.1"  # /health /ready /metrics of this service
@@ -125,10 +126,12 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     node: Name = "node-0"
     kv_socket: str = ""  # of the node's kv_transfer
     max_waiting: Annotated[int, msgspec.Meta(ge=0)] = 4  # jobs accepted beyond what the engine runs at once
-    prefill_jobs: Count = 4  # prompts a prefill worker computes side by side; more only delays them all
+    prefill_jobs: Count = 64  # prompts a prefill worker takes at once; gateways bind by time, and fewer
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
     kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
+    # Blocks of other nodes: auto asks for them when that has been faster than computing; the others are to compare.
+    pull: Annotated[str, msgspec.Meta(pattern="^(auto|always|never)$")] = "auto"
     lease_s: Positive = 120.0  # a lease that is not released by then is revoked
     wedge_s: Positive = 60.0  # an engine without a sign of life for this long ends the worker; no step may take longer
 

@@ -11,6 +11,9 @@ from services.gateway.streams import Row
 class Answer(Protocol):
     async def rows(self, rows: list[Row]) -> None: ...
 
+    def push(self, rows: list[Row]) -> bool:
+        """`rows` without waiting; False, and nothing done, where that would have to wait."""
+
     async def end(self, usage: Usage) -> None: ...
 
     def overrun(self) -> None:
@@ -31,6 +34,13 @@ class Streamed:
             if data:
                 await self._exchange.write(data)
 
+    def push(self, rows: list[Row]) -> bool:
+        if self._turn.locked() or not self._exchange.flows:
+            return False
+        if data := self._events.rows(rows):
+            self._exchange.push(data)
+        return True
+
     async def end(self, usage: Usage) -> None:
         await self._exchange.close(self._events.usage(usage) + self._exchange.receipt.comment() + DONE)
 
@@ -45,6 +55,10 @@ class Whole:
 
     async def rows(self, rows: list[Row]) -> None:
         self._collector.rows(rows)
+
+    def push(self, rows: list[Row]) -> bool:
+        self._collector.rows(rows)
+        return True
 
     async def end(self, usage: Usage) -> None:
         await self._exchange.answer(200, self._collector.body(usage))

@@ -111,7 +111,7 @@ def rest(gateway: Gateway) -> FastAPI:
     dashboard.add_routes(app, gateway.dashboard, gateway.access)
     add_routes(app, gateway.traces)
     _document_hot_routes(app)
-    document.describe(app, gateway.model)
+    document.describe(app, gateway.model, keyed=bool(gateway.settings.keys))
     app.add_exception_handler(BatonError, _baton_error)
     app.add_exception_handler(HTTPException, _http_error)
     return app

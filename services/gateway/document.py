@@ -86,6 +86,10 @@ class Completion(BaseModel):
     usage: UsageDetail
 
 
+API = "/v1/"  # what wants a key, where keys are configured
+SCHEME = "bearer"
+
+
 def errors(*statuses: int) -> Responses:
     return {status: {"model": ErrorBody} for status in statuses}
 
@@ -100,8 +104,8 @@ SERVED: Responses = {
 }
 
 
-def describe(app: FastAPI, model: str) -> None:
-    """Make the document say what only the running gateway knows."""
+def describe(app: FastAPI, model: str, *, keyed: bool) -> None:
+    """Make the document say what only the running gateway knows. `keyed`: clients need a key."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -118,6 +122,22 @@ def describe(app: FastAPI, model: str) -> None:
             for name in ("ChatBody", "CompletionBody"):
                 schemas[name]["additionalProperties"] = False  # reading.py names those that it knows and refuses
                 schemas[name]["properties"]["model"]["enum"] = [model]
+            if keyed:
+                _ask_for_keys(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign] # as FastAPI's own pages on extending it say
+
+
+def _ask_for_keys(document: dict[str, Any]) -> None:
+    document["components"]["securitySchemes"] = {
+        SCHEME: {"type": "http", "scheme": "bearer", "description": "An API key, as `baton keys add` gives it"}
+    }
+    refused = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}}
+    for path, operations in document["paths"].items():
+        if not path.startswith(API):
+            continue
+        for operation in operations.values():
+            operation["security"] = [{SCHEME: []}]
+            operation["responses"]["401"] = {"description": "No key, or one that is not known", **refused}
+            operation["responses"]["403"] = {"description": "The key may not do this", **refused}

@@ -13,7 +13,7 @@ from typing import Any
 
 from services.gateway import http_errors
 from services.gateway.chores import Chores
-from services.gateway.edge.connection import CUT
+from services.gateway.edge.connection import CUT, DIRECT, Direct
 from services.gateway.edge.intake import Intake
 from services.gateway.edge.render import WAITING, error_event
 from services.gateway.receipt import HEADER, Receipt, merged
@@ -47,6 +47,7 @@ class Exchange:
         self._body_s = body_s
         self._idle_s = idle_s
         self._cut: Callable[[str], None] | None = scope.get(CUT)
+        self._direct: Direct | None = scope.get(DIRECT)
         self._old = scope["http_version"] == "1.0"
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._watcher: asyncio.Task[None] | None = None
@@ -122,6 +123,17 @@ class Exchange:
     async def write(self, data: bytes) -> None:
         self._written = True
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    @property
+    def flows(self) -> bool:
+        """The answer has begun, and the client takes more at once: `push` may be used."""
+        return self.started and self._direct is not None and self._direct.flows
+
+    def push(self, data: bytes) -> None:
+        """`write` without a task, while it `flows`."""
+        if self._direct is not None:
+            self._written = True
+            self._direct.push(data)
 
     async def close(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": False})

@@ -5,7 +5,9 @@ How busy is worked out (forecast.py) when somebody asks, for those of whom somet
 Three beats missed: `suspect`, nothing new is placed there. Then a ping that stays unanswered for PING_S, or finds no
 responder, means lost; a store that saw the worker's socket close means lost at once; a new incarnation of an id means
 that the old one died. Invariants: time is an argument; whoever watches a worker is told of its loss exactly once;
-what this gateway sent to a worker counts there until a reply, or the second beat after it, includes it.
+what this gateway sent to a worker counts there until a reply, or the second beat after it, includes it; a prompt counts
+until what the worker last said of itself must have seen it: work is bound by when it should be done, and the answer
+that it is done comes later by the way back.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +24,7 @@ SUSPECT_S = 3.5 * BEAT_S  # three beats missed, and half a beat of grace
 PING_S = 2.0
 DEAF_S = 1.0  # beats that were under way when a store reported the loss are not a resurrection
 
+WAY_S = 0.02  # to a worker and back, generously: what was sent so long before its word is in it
 SPEEDS_S = 0.1  # how old the figures of the whole cluster may be; a beat is older
 QUIET_S = 5 * BEAT_S  # a gateway that has said nothing for so long has no line
 EXPECTED_OUTPUT = 128.0  # tokens of an answer, before any has ended
@@ -38,7 +41,7 @@ class Charge:
     jobs: int
     tokens: int  # of a prompt to compute; 0: none
     made_at: float
-    sent: bool = False
+    sent_at: float | None = None  # None: still here
     beats: int = 0  # heard since it was sent
     open: bool = True
 
@@ -102,13 +105,14 @@ class Fleet:
         self._refresh(known, beat, now)
         self._changed()
 
-    def report(self, worker: str, backlog: wire.Backlog, now: float) -> None:
-        """A reply or batch tells the load more freshly than the last beat."""
+    def report(self, worker: str, backlog: wire.Backlog, now: float) -> bool:
+        """A reply or batch tells the load more freshly than the last beat. Returns whether it says something new."""
         known = self._workers.get(worker)
         if known is None or (backlog == known.backlog and not backlog.queued_prompts):
-            return  # nothing new, which is what most batches say
+            return False  # which is what most batches say
         known.backlog, known.backlog_at = backlog, now
         self._unread.add(worker)
+        return True
 
     def answered(self, tokens: int) -> None:
         """An answer of so many tokens has ended."""
@@ -259,7 +263,7 @@ class Fleet:
         worker.beats += 1
         self._unread.add(beat.id)
         for charge in worker.charges:
-            charge.beats += charge.sent
+            charge.beats += charge.sent_at is not None
         # The first beat after a job may have been under way when it was sent; the second has seen it.
         worker.charges = [charge for charge in worker.charges if charge.beats < 2]
         if beat.max_model_len:
@@ -275,13 +279,12 @@ def _usable(worker: _Worker) -> bool:
 
 
 def _heard(worker: _Worker) -> forecast.Heard:
-    prompts = [charge.tokens for charge in worker.charges if charge.tokens]
+    seen_until = worker.backlog_at - WAY_S
+    prompts = [one for one in worker.charges if one.tokens and (one.sent_at is None or one.sent_at > seen_until)]
     return forecast.Heard(
         beat=worker.beat,
         backlog=worker.backlog,
         backlog_at=worker.backlog_at,
-        jobs=sum(charge.jobs for charge in worker.charges),
-        prompts=len(prompts),
-        tokens=sum(prompts),
-        sent_at=max((charge.made_at for charge in worker.charges), default=0.0),
+        jobs=sum(one.jobs for one in worker.charges if not one.tokens) + sum(one.jobs for one in prompts),
+        prompts=[(one.made_at if one.sent_at is None else one.sent_at, one.tokens) for one in prompts],
     )

@@ -1,6 +1,6 @@
 """From what workers say of themselves to what placement and admission go by: pure arithmetic, times as arguments."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -17,9 +17,7 @@ class Heard:
     backlog: wire.Backlog  # of the beat, or of a fresher reply
     backlog_at: float
     jobs: int = 0  # sent, and not in its backlog yet
-    prompts: int = 0
-    tokens: int = 0
-    sent_at: float = 0.0
+    prompts: Sequence[tuple[float, int]] = ()  # those of them that are to be computed: when sent, tokens; in order
 
 
 def candidate(heard: Heard, expected_output: float) -> Candidate:
@@ -28,10 +26,11 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
     jobs = backlog.running + backlog.waiting + heard.jobs
     prompt_s, token_s = beat.prefill_prompt_s, 1 / beat.prefill_tokens_per_s if beat.prefill_tokens_per_s else 0.0
     tokens_until = heard.backlog_at + backlog.queued_tokens * token_s
-    if heard.prompts:
-        tokens_until = max(tokens_until, heard.sent_at) + heard.tokens * token_s
+    for sent_at, tokens in heard.prompts:
+        tokens_until = max(tokens_until, sent_at) + tokens * token_s
     # Those that wait are computed in one step: what a step costs by itself counts for it and for the one in work.
-    steps = min(2, backlog.queued_prompts + heard.prompts)
+    prompts = backlog.queued_prompts + len(heard.prompts)
+    steps = min(2, prompts)
     over = jobs + 1 - beat.max_running if beat.max_running else 0
     step_s = beat.decode_step_s + beat.decode_sequence_s * max(0, jobs + 1 - backlog.running)
     return Candidate(
@@ -41,6 +40,7 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
         fingerprint=beat.fingerprint,
         has_room=beat.max_running == 0 or jobs < beat.max_running + beat.max_waiting,
         load=jobs / (beat.max_running or 1),
+        prompts=prompts,
         tokens_until=tokens_until,
         begins_at=tokens_until + steps * prompt_s,
         prompt_s=prompt_s,

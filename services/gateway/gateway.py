@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from redis.asyncio import Redis
@@ -30,7 +30,7 @@ from services.gateway.streams import Streams
 from services.gateway.traces.export import OtlpExport
 from services.gateway.traces.traces import Traces
 from shared import subjects, wire
-from shared.bus import Bus
+from shared.bus import Bus, Question
 from shared.errors import (
     BatonError,
     BusUnavailable,
@@ -87,7 +87,6 @@ class Gateway:
             redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
         )
         self.streams = Streams(self.cancel)
-        self.dashboard = Feed(settings, model, bus=bus, fleet=self.fleet, metrics=metrics)
         self.roster = Roster()
         self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
         self.cluster_metrics = ClusterMetrics(
@@ -97,6 +96,14 @@ class Gateway:
         needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
         self._replicas = Replicas(frozenset(needs), target.ttft_s, target.itl_s)
         self._costs = Costs(settings.prices)
+        self.dashboard = Feed(
+            settings,
+            model,
+            bus=bus,
+            fleet=self.fleet,
+            metrics=metrics,
+            price_per_hour=lambda: self._costs.per_hour,
+        )
         self.journeys: set[Journey] = set()
         self._prompts = 0  # of all journeys: each takes a place
         self._idle = asyncio.Event()
@@ -232,38 +239,18 @@ class Gateway:
         `brief`: the answer is due at once, so it ends with BusUnavailable when the bus was away meanwhile: question or
         answer may be lost. Else somebody looks for the outcome in another way.
         """
-        reason: BatonError | None = None
+        question = Question(self.bus, subject, message, expect)
+        if brief:
+            self._brief.add(question.end)
         try:
-            async with asyncio.timeout(timeout_s) as scope:
-
-                def end(error: BatonError) -> None:
-                    nonlocal reason
-                    reason = reason or error
-                    if not scope.expired():
-                        scope.reschedule(asyncio.get_running_loop().time())
-
-                with (
-                    self.fleet.watching(worker, lambda: end(WorkerLost("the worker was lost before it answered"))),
-                    self._doubted(end) if brief else contextlib.nullcontext(),
-                ):
-                    # The scope decides; the bus's own deadline is only there because it wants one.
-                    reply = await self.bus.request(subject, message, expect, timeout_s=timeout_s + 1)
-                    # wait_for of Python 3.11, which nats-py uses, loses a cancellation that comes with the answer.
-                    if (task := asyncio.current_task()) is not None and task.cancelling():
-                        raise asyncio.CancelledError
-        except TimeoutError:
-            raise reason or Timeout(f"a worker did not answer within {timeout_s:g} s") from None
+            with self.fleet.watching(
+                worker, lambda: question.end(WorkerLost("the worker was lost before it answered"))
+            ):
+                reply = await question.answer(timeout_s)
+        finally:
+            self._brief.discard(question.end)
         self.fleet.report(worker, reply.backlog, time.monotonic())  # type: ignore[union-attr] # answers to jobs have it
         return reply
-
-    @contextlib.contextmanager
-    def _doubted(self, end: Callable[[BatonError], None]) -> Iterator[None]:
-        """Within, `end` is called when the bus was away."""
-        self._brief.add(end)
-        try:
-            yield
-        finally:
-            self._brief.discard(end)
 
     def cancel(self, worker: str, request: str, attempt: int) -> None:
         """Tell a worker that nobody waits for this any more."""
@@ -326,8 +313,8 @@ class Gateway:
             now = time.monotonic()
             self._look_at_bus(now)
             self.streams.put(message, now)
-            self.fleet.report(message.worker, message.backlog, now)
-            self.pump()
+            if self.fleet.report(message.worker, message.backlog, now):
+                self.pump()
 
     def _other_gateways(self) -> list[str]:
         members = self.roster.live(time.monotonic(), "gateway")

@@ -9,6 +9,8 @@ or fails (resume.py says which), and is never begun again.
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from operator import itemgetter
 
 from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
@@ -22,7 +24,7 @@ from services.gateway.queue import Seat, Waiting
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load, Sent, goes_on_by_prompt, repeats_itself
 from services.gateway.states import Course, State
-from services.gateway.streams import Stream
+from services.gateway.streams import Row, Stream
 from shared import subjects, wire
 from shared.errors import BatonError, Refused, ResumeInexact, Timeout, WorkerLost
 
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4  # decode jobs lost without a new token in between
 MAX_BUSY = 3  # refusals by workers that looked free; a stream that has begun goes by the queue's time alone
+MOST_HOLDERS = 4  # nodes that a prefill worker is told of
 RESERVE_S = 30.0  # a worker answers Busy well before
 
 
@@ -166,6 +169,7 @@ class Leg:
         attempt = self._tries.attempt
         stream = gateway.streams.open(self._load.id, attempt, self._load.sampling.n, self._load.first_choice)
         stream.on_overrun = out.overrun
+        stream.sink = lambda rows: self._pass(rows, out)
         prefilling: Prefilling | None = None
         refused = False
         try:
@@ -210,7 +214,7 @@ class Leg:
             replay=list(load.replay) if forces else [],
             salt=load.salt,
         )
-        seat.charges[worker].sent = True
+        seat.charges[worker].sent_at = time.monotonic()
         subject = subjects.decode(gateway.settings.cluster, worker)
         reply = await gateway.ask(
             worker, subject, job, wire.Accepted, timeout_s=min(RESERVE_S, self._left_s()), brief=True
@@ -238,6 +242,7 @@ class Leg:
             node=accepted.node,
             timeout_s=self._left_s(),
             salt=self._load.salt,
+            holders=dict(nlargest(MOST_HOLDERS, self._wish.hits.items(), key=itemgetter(1))),
         )
         return Prefilling(self._gateway, seat, job, stream, receipt)
 
@@ -250,6 +255,16 @@ class Leg:
                 self._saw(now, None if prefilling is None else prefilling.done_at)
                 self.finish_reasons.extend(row.finish.reason for row in new if row.finish is not None)
                 await out.rows(new)
+
+    def _pass(self, rows: list[Row], out: Answer) -> bool:
+        """The middle of an answer, written as it comes. False: these are for `_stream`."""
+        if self._course.state is not State.STREAMING or self._sent.repeats:
+            return False
+        if any(row.finish is not None for row in rows) or not out.push(rows):
+            return False
+        self._sent.take(rows)
+        self._saw(time.monotonic(), None)
+        return True
 
     def _saw(self, now: float, prefilled_at: float | None) -> None:
         """Something new for the client; while a stream is resumed there was one long gap."""

@@ -16,6 +16,7 @@ from math import inf
 from random import Random
 
 AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
+AT_FIRST = 8  # prompts for a worker whose speed is not known
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same;
@@ -35,6 +36,7 @@ class Candidate:
     fingerprint: str = ""
     has_room: bool = True  # for another job
     load: float = 0.0  # share of its sequences that have a job
+    prompts: int = 0  # that it has and not computed yet
     tokens_until: float = 0.0  # when it should have computed the tokens that it has,
     begins_at: float = 0.0  # with what its steps cost by themselves
     prompt_s: float = 0.0  # what a step takes by itself,
@@ -268,6 +270,8 @@ class _Choice:
         return found
 
     def _prefill_s(self, one: Candidate) -> float:
+        if not one.token_s and one.prompts >= AT_FIRST and self.rules.strategy == "predicted":
+            return inf
         ahead_s = one.begins_at - self.now
         if ahead_s <= 0:
             return self._prompt_s(one)

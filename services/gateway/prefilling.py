@@ -84,7 +84,7 @@ class Prefilling:
     async def _ask(self, worker: str) -> wire.PrefillDone | wire.Busy:
         gateway, job = self._gateway, self._job
         charge = self._charge(worker)
-        charge.sent = True
+        charge.sent_at = time.monotonic()
         self._asking = worker
         self._receipt.prefill = worker
         try:

@@ -79,6 +79,11 @@ class Sent:
         """Completion tokens so far."""
         return sum(choice.count for choice in self._choices)
 
+    @property
+    def repeats(self) -> bool:
+        """Something that the client has is still to come again."""
+        return any(choice.repeats for choice in self._choices)
+
     def take(self, rows: list[Row]) -> list[Row]:
         """Note the rows on their way to the client; returns them without what it has already. Raises ResumeInexact."""
         self.has_begun = True
@@ -108,7 +113,7 @@ class _Choice:
         self._shown = (0, 0)
         self._clean = (0, 0)
         # What of the above an attempt still has to repeat.
-        self._repeating = False
+        self.repeats = False
         self._tokens_due = 0  # bytes
         self._text_due = 0
         self._scores_due = 0
@@ -126,7 +131,7 @@ class _Choice:
     def take(self, row: Row) -> Row | None:
         """None: nothing of it is new."""
         size = len(row.tokens)
-        if self._repeating:
+        if self.repeats:
             new = self._without_known(row)
             if new is None:
                 return None
@@ -139,7 +144,7 @@ class _Choice:
             self._prompt_scores += len(row.prompt_logprobs)
         if row.finish is not None:
             self._ended = True
-        if row.text and not self._repeating:
+        if row.text and not self.repeats:
             self._shown = len(self._tokens), self._text
             if size == wire.TOKEN_BYTES:
                 self._clean = self._shown
@@ -152,7 +157,7 @@ class _Choice:
         self._text_due = self._text - text
         self._scores_due = self._scores
         self._prompt_scores_due = self._prompt_scores
-        self._repeating = self._is_due
+        self.repeats = self._is_due
         return wire.unpack_tokens(bytes(self._tokens[:whole]))
 
     @property
@@ -179,7 +184,7 @@ class _Choice:
             prompt_logprobs=None if row.prompt_logprobs is None else row.prompt_logprobs[prompt_scores:],
         )
         self._check_end(row, new)
-        self._repeating = self._is_due
+        self.repeats = self._is_due
         if new.finish is None or self._ended:
             return new if any((new.tokens, new.text, new.logprobs, new.prompt_logprobs)) else None
         return new

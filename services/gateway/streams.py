@@ -1,8 +1,12 @@
 """TokenBatch -> the requests that wait for their rows.
 
-Invariants: a row reaches a stream only if its attempt and sequence fit: rows of another attempt are reported to
-`on_stranger` (which cancels them there), a hole fails the stream; what waits in a stream is bounded; a stream fails
-once and stays failed; one bad row never keeps the others of its batch from their streams.
+A row goes to its stream's reader, a task; or, in the middle of an answer, straight through the stream's sink, a plain
+function: a task that wakes for each token costs as much as all else that is done for it.
+
+Invariants: reader and sink see every row once and in order; a row reaches a stream only if its attempt and sequence
+fit: rows of another attempt are reported to `on_stranger` (which cancels them there), a hole fails the stream; what
+waits in a stream is bounded; a stream fails once and stays failed; one bad row never keeps the others of its batch
+from their streams.
 """
 
 import asyncio
@@ -24,6 +28,7 @@ LOGPROB_BYTES = 300  # of one alternative
 OVERDUE_S = 5.0  # far beyond an engine step: a stream that the bus cut off does not go on by itself
 
 OnStranger = Callable[[str, str, int], None]  # worker, request, attempt
+Sink = Callable[[list["Row"]], bool]  # takes all of these or, with False, none: they are the reader's
 
 
 class Row(msgspec.Struct, frozen=True, gc=False):
@@ -50,6 +55,7 @@ class Stream:
         self.tokens = 0  # completion tokens seen
         self.first = first
         self.on_overrun: Callable[[], None] | None = None  # its reader is too slow: called once
+        self.sink: Sink | None = None  # asked while the reader waits
         self._open = choices  # choices without a finish yet
         self._choices = choices
         self._next = 0
@@ -127,6 +133,15 @@ class Stream:
             self._open -= 1
         if self._reader is None and len(self._rows) > FREE_ROWS:  # the reader is away, writing to the client
             self._weigh(row)
+
+    def deliver(self) -> None:
+        """What was put goes on."""
+        reader, rows = self._reader, self._rows
+        if not (rows or self.ended):
+            return
+        if self.sink is not None and reader is not None and not reader.done() and not self.ended and self.sink(rows):
+            self._rows = []
+            return
         self._wake()
 
     def _weigh(self, row: Row) -> None:
@@ -170,17 +185,26 @@ class Streams:
 
     def put(self, batch: wire.TokenBatch, now: float) -> None:
         strangers: set[tuple[str, int]] = set()
+        fed: dict[str, Stream] = {}
+        plain = not (batch.finish or batch.usage or batch.failures or batch.logprobs or batch.prompt_logprobs)
         for index, request in enumerate(batch.requests):
             try:
                 attempt = batch.attempts[index]
                 stream = self._by_request.get(request)
                 if stream is None or stream.attempt != attempt:
                     strangers.add((request, attempt))
+                    continue
+                fed[request] = stream
+                if plain:
+                    row = Row(stream.first + batch.choices[index], batch.texts[index], batch.tokens[index])
+                    stream.put(batch.sequences[index], row, None, now)
                 else:
                     self._put_row(stream, batch, index, now)
             except Exception:  # a worker's bad row must not cost the other rows
                 self.bad_rows += 1
                 log.exception("a row of %s dropped", batch.worker)
+        for stream in fed.values():
+            _deliver(stream)
         for request, attempt in strangers:
             self._on_stranger(batch.worker, request, attempt)
 
@@ -210,3 +234,11 @@ class Streams:
             prompt_logprobs=batch.prompt_logprobs.get(key) if batch.prompt_logprobs else None,
         )
         stream.put(batch.sequences[index], row, batch.usage.get(key) if batch.usage else None, now)
+
+
+def _deliver(stream: Stream) -> None:
+    try:
+        stream.deliver()
+    except Exception:  # one client's answer must not cost the others theirs
+        log.exception("an answer broke on its way out")
+        stream.fail(Internal("internal error"))

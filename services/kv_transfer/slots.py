@@ -7,12 +7,12 @@ block is given to a new writer, and its last bit is set exactly while the block 
 """
 
 import enum
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
+from services.kv_transfer.eviction import Orders, ScanResistant
 from shared.errors import KvMismatch
 from shared.kv.blocks import blocks_of
 from shared.kv.messages import Geometry
@@ -95,7 +95,14 @@ def cut(size_bytes: int, geometry: Geometry) -> Layout:
 class Blocks:
     """All blocks of one cut of the arena."""
 
-    def __init__(self, layout: Layout, words: Words, on_evict: Callable[[bytes], None], generation: int = 0) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        words: Words,
+        on_evict: Callable[[bytes], None],
+        generation: int = 0,
+        orders: Orders = ScanResistant,
+    ) -> None:
         """Take over `words`, one a slot.
 
         Args:
@@ -103,6 +110,7 @@ class Blocks:
             words: where readers look; written here alone.
             on_evict: told of each key that is dropped to make room.
             generation: the last one of an earlier cut; it never goes back, so that stale readers always notice.
+            orders: makes the eviction order.
         """
         self.layout = layout
         self.generation = generation
@@ -116,8 +124,7 @@ class Blocks:
         self._free = list(range(layout.blocks - 1, -1, -1))
         self._pins = [0] * layout.blocks
         self._keys: list[bytes | None] = [None] * layout.blocks
-        # Not a plain dict: taking the oldest of one is linear in what was deleted before it.
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._cached = orders(layout.blocks)
         for slot in range(layout.slots):
             words[slot] = generation << 1
 
@@ -156,7 +163,7 @@ class Blocks:
         return self._pins[block] > 0
 
     def take(self) -> int:
-        """A block for a new reservation, evicting the least recently used if none is free. Check `room` before."""
+        """A block for a new reservation, evicting one if none is free. Check `room` before."""
         if not self._free:
             self._evict()
         block = self._free.pop()
@@ -180,14 +187,14 @@ class Blocks:
     def pin(self, block: int) -> None:
         if self._pins[block] == 0:
             self._enter(block, SlotState.PINNED)
-            del self._cached[block]
+            self._cached.leave(block)
         self._pins[block] += 1
 
     def unpin(self, block: int) -> None:
-        """The last pin makes it the most recently used of the cached blocks."""
+        """With its last pin it becomes a cached block."""
         if self._pins[block] == 1:
             self._enter(block, SlotState.CACHED)
-            self._cached[block] = None
+            self._cached.enter(block, self._key(block))
         self._pins[block] -= 1
 
     def free(self, block: int) -> None:
@@ -203,16 +210,20 @@ class Blocks:
         self._enter(block, SlotState.RESERVED)
 
     def _evict(self) -> None:
-        block, _ = self._cached.popitem(last=False)
-        key = self._keys[block]
-        if key is None:
-            raise AssertionError(f"cached block {block} has no key")
+        block = self._cached.evict()
+        key = self._key(block)
         self._keys[block] = None
         del self.bound[key]
         # A late reader of the evicted block must see at once that it is not committed any more.
         self._write_word(block, self.word(block) & ~1)
         self.free(block)
         self._on_evict(key)
+
+    def _key(self, block: int) -> bytes:
+        key = self._keys[block]
+        if key is None:
+            raise AssertionError(f"committed block {block} has no key")
+        return key
 
     def _write_word(self, block: int, word: int) -> None:
         first = block * self.layout.ranks

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from services.kv_transfer.checks import check_commit, check_reserve, check_wait
 from services.kv_transfer.claims import Claims
 from services.kv_transfer.deadlines import Deadlines
+from services.kv_transfer.eviction import Orders, ScanResistant
 from services.kv_transfer.leases import (
     Answered,
     ArenaCut,
@@ -45,13 +46,16 @@ _LEASE, _QUEUE, _WAIT, _REVOKE = range(4)  # kinds of deadline
 class Store:
     """One node's store. Every method that takes `now` may leave events."""
 
-    def __init__(self, node: str, size_bytes: int, words: Callable[[Layout], Words]) -> None:
+    def __init__(
+        self, node: str, size_bytes: int, words: Callable[[Layout], Words], orders: Orders = ScanResistant
+    ) -> None:
         """Start without geometry; the first rank brings it.
 
         Args:
             node: for messages.
             size_bytes: of the arena.
             words: gives the words region of a cut.
+            orders: makes the eviction order of a cut.
         """
         self.sessions = Sessions(node, self._recut)
         self.evicted_blocks = 0
@@ -61,6 +65,7 @@ class Store:
         self.blocks: Blocks | None = None  # None until the first rank has attached
         self._size_bytes = size_bytes
         self._words = words
+        self._orders = orders
         self._leases: dict[str, Lease] = {}
         self._claims = Claims()
         self._queue: dict[str, Queued] = {}  # by lease, first come first
@@ -448,7 +453,7 @@ class Store:
         if self.blocks is not None:
             self._events += [Evicted(key) for key in self.blocks.bound]
             generation = self.blocks.generation + 1
-        self.blocks = Blocks(layout, self._words(layout), self._evicted, generation)
+        self.blocks = Blocks(layout, self._words(layout), self._evicted, generation, self._orders)
 
     def _evicted(self, key: bytes) -> None:
         self.evicted_blocks += 1

@@ -14,6 +14,7 @@ from services.launcher.commands.keys import keys
 from services.launcher.commands.logs import logs
 from services.launcher.commands.status import status
 from services.launcher.commands.tap import tap
+from services.launcher.commands.trace import trace
 from services.launcher.commands.up import up
 from services.launcher.options import given_settings, home, port_option, read_flags, up_options
 from services.launcher.plan import Programs
@@ -73,6 +74,9 @@ def _run(flags: argparse.Namespace, programs: Callable[[], Programs]) -> int:
         return keys(flags, folder, os.environ)
     if flags.command == "logs":
         return logs(folder, port, flags.id, follow=flags.follow)
+    if flags.command == "trace":
+        key = flags.key or os.environ.get("BATON_API_KEY", "")
+        return trace(folder, port, flags.id, order=flags.order or "", as_json=flags.json, key=key)
     return tap(folder, port, flags.subject, flags.count)
 
 

@@ -13,7 +13,7 @@ from services.launcher.state import ClusterRecord
 from shared.access import key_file, key_table
 from shared.access.connection import AWAY, open_redis
 from shared.access.key import BadKey, Key
-from shared.settings import CommonSettings
+from shared.settings import CommonSettings, load
 
 T = TypeVar("T")
 
@@ -114,8 +114,8 @@ def find_redis_url(record: ClusterRecord | None, environ: Mapping[str, str]) -> 
     """And the cluster's name there. Without a cluster on this machine: as a gateway would read this environment."""
     if record is not None:
         return str(_gateway(record)["redis_url"]), record.cluster
-    usual = CommonSettings(id="keys")
-    return environ.get("BATON_REDIS_URL", usual.redis_url), environ.get("BATON_CLUSTER", usual.cluster)
+    usual = load(CommonSettings, environ)
+    return usual.redis_url, usual.cluster
 
 
 def usual_file(environ: Mapping[str, str]) -> Path:

@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         ("down", "stop the cluster, also what a killed launcher left"),
         ("chat", "send one message through the gateway and stream the answer"),
         ("logs", "show the logs of all processes or of one"),
+        ("trace", "draw what a request did, hop by hop; without an id, list the last requests"),
         ("tap", "print the traffic on the bus"),
         ("keys", "make, list and revoke API keys, and read what was used"),
         ("config", "print the resolved settings of every service, secrets redacted"),
@@ -195,6 +196,13 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
     elif name == "logs":
         add("id", nargs="?", metavar="ID", help="e.g. prefill-0, gateway-0 or launcher")
         add("-f", "--follow", action="store_true", help="go on as lines are written")
+    elif name == "trace":
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("id", nargs="?", metavar="ID", help="of a request (x-request-id) or a trace")
+        which.add_argument("--last", dest="order", action="store_const", const="last", help="the last request")
+        which.add_argument("--slowest", dest="order", action="store_const", const="slowest", help="the slowest kept")
+        add("--json", action="store_true", help="as JSON")
+        add("--key", help="the API key, where one is needed (default: the variable BATON_API_KEY)")
     elif name == "tap":
         add("subject", nargs="?", metavar="SUBJECT", help="below the cluster's name, e.g. 'beat.>' (default all)")
         add("--count", type=int, default=0, metavar="N", help="stop after N messages")

@@ -185,6 +185,7 @@ class _Run:
             salt=job.salt.hex(),
             priority=job.priority,
             replay=job.replay,
+            trace_headers=telemetry.inject(),
         )
         progress = _Progress(job.sampling.n)
         begun_s, queues = time.monotonic(), context.engine.load().waiting > 0

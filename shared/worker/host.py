@@ -12,6 +12,7 @@ standing still. If it failed for a wedged engine too, the probe would kill the h
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,8 @@ import sys
 import time
 import uuid
 from contextlib import AsyncExitStack
+
+import uvloop
 
 from shared import subjects, telemetry, wire
 from shared.bus import Bus
@@ -36,18 +39,22 @@ from shared.worker.context import WorkerContext
 from shared.worker.decode import DecodeHandler
 from shared.worker.engine import Engine
 from shared.worker.gateways import Gateways
+from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
+from shared.worker.pulling import Pulling
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
+from shared.worker.vllm_telemetry import EngineMetrics
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.2
 ENGINE_CHECK_S = 1.0
 BYTES_PER_GIB = 1 << 30
+GC_THRESHOLD = (50_000, 20, 50)  # jobs leave no cycles to speak of, and a collection holds up every stream
 
 
 def main(role: str) -> None:
@@ -56,7 +63,8 @@ def main(role: str) -> None:
         settings = load(WorkerSettings)
         takes = takes_of(settings, role)
         telemetry.start_logs(role, settings.id, log_format=settings.log_format, level=settings.log_level)
-        code = asyncio.run(Worker(settings, role, takes).run())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            code = runner.run(Worker(settings, role, takes).run())
     except SettingsError as error:
         print(f"baton {role}: {error}", file=sys.stderr)
         code = 2
@@ -114,6 +122,7 @@ class Worker:
                 batches=batches,
                 reserve_s=settings.reserve_s,
                 lease_s=settings.lease_s,
+                pulling=Pulling(bus, settings.cluster, settings.node, kv, self._metrics, settings.pull),
             )
             if settings.kv_socket and engine.info.splits:
                 await kv.connect()
@@ -137,6 +146,8 @@ class Worker:
 
     async def _start_vllm(self) -> Engine:
         settings = self._settings
+        self._metrics.registry.register(EngineMetrics())
+        watch_gpus(self._metrics.registry)
         return await VllmEngine.start(
             EngineSettings(
                 model=settings.model,
@@ -197,6 +208,9 @@ class Worker:
                 self._fail(f"the self-test failed: {error.message}")
             else:
                 context.forget_speeds()
+                gc.collect()
+                gc.freeze()  # what is here now stays: engine, tables, tokenizer; later collections pass it by
+                gc.set_threshold(*GC_THRESHOLD)
                 self._state = "ready"
                 log.info("ready: takes %s", ", ".join(self._takes))
                 running.append(tasks.create_task(self._beat(bus, context, probes.url)))

@@ -19,6 +19,7 @@ from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequ
 from shared.worker.liveness import Liveness
 from shared.worker.rates import Steps
 from shared.worker.replay import EXTRA_ARG, enable_forcing, one_by_one, together
+from shared.worker.vllm_telemetry import trace_requests
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -95,6 +96,7 @@ class VllmEngine:
             log_requests=False,
             stat_loggers=[stats.logger],
         )
+        trace_requests(llm)
         return cls(llm, stats, splits=splits, forces=forces)
 
     @property

@@ -75,6 +75,18 @@ async def test_the_official_client_learns_what_is_wrong(keyed):
         await assert_nothing_left(running)
 
 
+async def test_the_document_says_who_needs_a_key(keyed):
+    keyed.add("good")
+    async with keyed.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
+        document = (await client.get("/openapi.json")).json()
+        assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+        asked = {path for path, one in document["paths"].items() if all("security" in what for what in one.values())}
+        assert asked == {path for path in document["paths"] if path.startswith("/v1/")} != set()
+        assert document["paths"]["/v1/models"]["get"]["responses"].keys() >= {"200", "401", "403"}
+    async with keyed.cluster.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
+        assert "securitySchemes" not in (await client.get("/openapi.json")).json()["components"]
+
+
 async def test_tenants_share_no_kv_blocks(keyed):
     keyed.add("one", tenant="a")
     keyed.add("two", tenant="a")

@@ -98,16 +98,21 @@ async def test_texts_are_the_oracles_and_the_bytes_have_moved(cluster: Cluster, 
     assert_right(asked, oracle)
     assert {one.receipt["path"] for one in asked if one.receipt} == {"split"}
     assert mismatched(cluster) == 0
+    assert_idle(cluster)  # also that what was said is kept
     after = cluster.metrics("kv")
-    moved, written = (
+    moved, written, kept = (
         after[name] - before[name]
-        for name in ('baton_kv_moved_bytes_total{path="local"}', "baton_kv_written_bytes_total")
+        for name in (
+            'baton_kv_moved_bytes_total{path="local"}',
+            "baton_kv_written_bytes_total",
+            "baton_kv_kept_blocks_total",
+        )
     )
     # Decode computes the last token of each prompt itself; a block of nothing else is not loaded.
     assert moved == sum(-(-(len(one.prompt) - 1) // BLOCK) for one in asked) * SLOT_BYTES
-    assert written == sum(-(-len(one.prompt) // BLOCK) for one in asked) * SLOT_BYTES
+    assert kept == sum((len(one.prompt) + one.output - 1) // BLOCK - len(one.prompt) // BLOCK for one in asked)
+    assert written == (sum(-(-len(one.prompt) // BLOCK) for one in asked) + kept) * SLOT_BYTES
     assert cluster.metrics("decode")["baton_kv_recomputed_tokens_total"] == 0
-    assert_idle(cluster)
 
 
 async def test_a_conversation_finds_its_prefix(cluster: Cluster, oracle: Oracle) -> None:
@@ -190,8 +195,10 @@ async def test_without_kv_the_protocol_still_runs(tmp_path: Path) -> None:
         await ask_all(cluster, asked)
         assert_right(asked, oracle)
         assert {one.receipt["path"] for one in asked if one.receipt} == {"split"}
-        written = cluster.metrics("kv")["baton_kv_written_bytes_total"]
-        blocks = sum(-(-len(one.prompt) // BLOCK) for one in asked)
+        assert_idle(cluster)
+        metrics = cluster.metrics("kv")
+        written = metrics["baton_kv_written_bytes_total"]
+        blocks = sum(-(-len(one.prompt) // BLOCK) for one in asked) + metrics["baton_kv_kept_blocks_total"]
         assert blocks * 64 <= written < (blocks + 64) * 64  # the workers' own tests wrote some, too
         assert mismatched(cluster) == 0
         assert_idle(cluster)

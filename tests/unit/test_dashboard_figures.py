@@ -46,7 +46,7 @@ def test_a_gateways_metrics_become_counts():
     assert found[counts.SHED] == {"queue_full": 1}
     assert found[counts.TOKENS] == {"prompt": 11, "cached": 4, "completion": 6}
     assert found[counts.WITHIN] == {"flex": 1}
-    assert {bound: count for bound, count in found[counts.TTFT].items() if count} == {"0.05": 2, "+Inf": 1}
+    assert {bound: count for bound, count in found[counts.TTFT].items() if count} == {"0.03": 2, "+Inf": 1}
     assert sum(found[counts.GAPS].values()) == 1
     assert set(found) <= counts.FAMILIES
 
@@ -165,6 +165,14 @@ def test_percentiles_prefix_hits_and_moved_bytes():
     assert now["minute"]["itl_ms"] == {"p50": None, "p95": None, "p99": None}
     assert now["minute"]["hits"] == 0.25
     assert now["rates"]["moved_bytes"] == 750.0
+
+
+def test_cost_is_of_what_was_served():
+    figures = heard(requests(ok=4, error=6) | {counts.TOKENS: {"prompt": 150.0, "completion": 50.0}})
+    assert figures.now(100.0)["quarter"]["cost"] is None
+    figures.level(101.0, spent=0.5)
+    figures.level(102.0, spent=0.3)
+    assert figures.now(102.0)["quarter"]["cost"] == {"per_million_tokens": 4000, "per_request": 0.2}
 
 
 def test_history_ends_with_the_newest_complete_slot():

@@ -99,13 +99,34 @@ def test_charges_count_until_the_second_beat_after_sending(fleet):
     for now in (0.2, 0.4, 0.6):
         fleet.hear(beat(**speed), now)
     assert worker(fleet).begins_at == pytest.approx(0.6 + 1.5)  # not sent yet
-    charge.sent = True
+    charge.sent_at = 0.79
     fleet.hear(beat(backlog=wire.Backlog(queued_tokens=5), **speed), 0.8)
     assert worker(fleet).begins_at == pytest.approx(0.8 + 0.05 + 1.5)
     fleet.hear(beat(backlog=wire.Backlog(queued_tokens=100, queued_prompts=1), **speed), 1.0)
     assert worker(fleet).begins_at == pytest.approx(1.0 + 1.5)
     fleet.settle(charge)
     assert worker(fleet).begins_at == pytest.approx(1.0 + 1.5)
+
+
+def test_prompts_under_way_are_done_when_they_should_be():
+    """Not when the worker's answer has come all the way back: else the way there would count as work."""
+    fleet, speed = Fleet("m"), {"prefill_tokens_per_s": 1000.0}
+    fleet.hear(beat(**speed), 0.0)
+    for sent_at in (0.10, 0.11, 0.16):
+        fleet.charge("w", jobs=1, tokens=20, now=sent_at).sent_at = sent_at
+    assert worker(fleet).tokens_until == pytest.approx(0.18)  # the first two were done at 0.14
+    assert worker(fleet).prompts == 3
+
+
+def test_a_worker_s_word_holds_what_was_sent_long_before_it():
+    fleet, speed = Fleet("m"), {"prefill_tokens_per_s": 1000.0, "max_running": 8}
+    fleet.hear(beat(**speed), 0.0)
+    for sent_at in (0.10, 0.19):
+        fleet.charge("w", jobs=1, tokens=20, now=sent_at).sent_at = sent_at
+    assert worker(fleet).load == 2 / 8
+    fleet.report("w", wire.Backlog(running=1, queued_prompts=1, queued_tokens=15), 0.2)
+    assert worker(fleet).tokens_until == pytest.approx(0.2 + 0.015 + 0.02)  # the second may have crossed it
+    assert (worker(fleet).prompts, worker(fleet).load) == (2, 2 / 8)
 
 
 def test_a_settled_charge_is_given_back_once(fleet):

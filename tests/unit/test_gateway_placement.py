@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.placement import AHEAD_S, Candidate, Pools, Rules, Wish, other_prefiller, place
+from services.gateway.placement import AHEAD_S, AT_FIRST, Candidate, Pools, Rules, Wish, other_prefiller, place
 
 NOW = 100.0
 
@@ -92,6 +92,10 @@ def choose(
         # Bound late: one whose tokens take longer than a step by itself is not given more.
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S)), D], {}, None),
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S), prompt_s=2 * AHEAD_S), D], {}, ("p", "d", "split")),
+        # Before its speed is known a worker gets a few, or a burst would be bound before anything is.
+        ([candidate("p", "prefill", prompts=AT_FIRST), D], {}, None),
+        ([candidate("p", "prefill", prompts=AT_FIRST - 1), D], {}, ("p", "d", "split")),
+        ([candidate("p", "prefill", prompts=AT_FIRST, **FAST), D], {}, ("p", "d", "split")),
         # A node that holds the prefix has less to compute.
         (
             [candidate("p", "prefill", node="a", **FAST), candidate("q", "prefill", node="b", **FAST), D],

@@ -164,3 +164,79 @@ async def test_after_the_bus_was_away_a_stream_goes_on_or_ends_soon(streams):
         assert len(await stream.read()) == 1  # what had arrived
         with pytest.raises(BusUnavailable, match="lost"):
             await stream.read()
+
+
+# ---- the sink ------------------------------------------------------------------------------------------------
+
+
+class Sink:
+    """Takes everything, or nothing while it is shut."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.calls = 0
+        self.shut = False
+
+    def __call__(self, rows) -> bool:
+        self.calls += 1
+        if not self.shut:
+            self.taken += [row.text for row in rows]
+        return not self.shut
+
+
+async def test_the_sink_has_what_the_reader_waits_for(streams):
+    stream, sink = streams.open("r", 0, 1), Sink()
+    stream.sink = sink
+    streams.put(batch(("r", 0, 0, 0)), 0.0)  # nobody reads yet: the reader's
+    assert [row.text for row in await stream.read()] == ["0"]
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    streams.put(batch(("r", 0, 1, 0), ("r", 0, 2, 0)), 0.0)
+    streams.put(batch(("r", 0, 3, 0)), 0.0)
+    assert (sink.taken, sink.calls) == (["1", "2", "3"], 2)  # once a batch
+    assert not reading.done()
+    sink.shut = True
+    streams.put(batch(("r", 0, 4, 0)), 0.0)
+    sink.shut = False
+    streams.put(batch(("r", 0, 5, 0)), 0.0)  # behind what the reader has not taken yet
+    assert [row.text for row in await reading] == ["4", "5"]
+    assert sink.taken == ["1", "2", "3"]
+    assert stream.tokens == 6
+
+
+async def test_the_end_is_the_reader_s(streams):
+    stream, sink = streams.open("r", 0, 1), Sink()
+    stream.sink = sink
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    streams.put(batch(("r", 0, 0, 0), ("r", 0, 1, 0), finish={"1": STOP}), 0.0)
+    assert [row.text for row in await reading] == ["0", "1"]
+    assert sink.calls == 0
+
+
+async def test_a_hole_is_told_behind_what_came_before_it(streams):
+    stream, sink = streams.open("r", 0, 1), Sink()
+    stream.sink = sink
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    streams.put(batch(("r", 0, 0, 0), ("r", 0, 2, 0)), 0.0)
+    assert [row.text for row in await reading] == ["0"]
+    assert sink.calls == 0
+    with pytest.raises(OutputLost):
+        await stream.read()
+
+
+async def test_a_sink_that_breaks_ends_its_own_stream(streams):
+    def broken(_rows) -> bool:
+        raise ValueError("no")
+
+    stream, other, sink = streams.open("r", 0, 1), streams.open("s", 0, 1), Sink()
+    stream.sink, other.sink = broken, sink
+    reading, beside = asyncio.create_task(stream.read()), asyncio.create_task(other.read())
+    await asyncio.sleep(0)
+    streams.put(batch(("r", 0, 0, 0), ("s", 0, 0, 0)), 0.0)
+    await reading
+    with pytest.raises(Internal):
+        await stream.read()
+    assert sink.taken == ["0"]
+    beside.cancel()

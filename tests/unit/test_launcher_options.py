@@ -116,7 +116,7 @@ def test_the_sim_engine_has_a_speed_up_to_infinity(tmp_path: Path) -> None:
     assert (options.sim_speed, options.sim_kv) == (math.inf, "off")
 
 
-@pytest.mark.parametrize("command", ["status", "down", "chat hello", "logs", "tap", "config", "up"])
+@pytest.mark.parametrize("command", ["status", "down", "chat hello", "logs", "trace", "tap", "config", "up"])
 def test_every_command_takes_a_port(command: str) -> None:
     flags = read_flags([*command.split(), "--port", "8123"])
     assert port_option(flags, {"port": "9000"}) == 8123
@@ -125,9 +125,3 @@ def test_every_command_takes_a_port(command: str) -> None:
 @pytest.mark.parametrize(("given", "port"), [({}, 8000), ({"port": "9000"}, 9000)])
 def test_the_port_comes_from_the_variable_without_a_flag(given: dict[str, str], port: int) -> None:
     assert port_option(read_flags(["status"]), given) == port
-
-
-@pytest.mark.parametrize("command", ["trace"])
-def test_commands_of_later_versions_are_unknown(command: str) -> None:
-    with pytest.raises(Refusal, match="invalid choice"):
-        read_flags([command])

@@ -70,6 +70,24 @@ async def test_rows_stay_in_order_whoever_flushes():
         assert rows
 
 
+async def test_steps_that_follow_at_once_share_a_batch():
+    """The first row goes at once, what comes within the next moment goes together."""
+    bus = SlowBus()
+    batches = Batches(bus, "c", "w", backlog=wire.Backlog, sent=lambda _rows: None, apart_s=60.0)
+    stream = batches.open("h", "r", 0)
+    running = asyncio.create_task(batches.run())
+    stream.delta(EngineDelta(choice=0, text="0", tokens=[0]))
+    await asyncio.sleep(0)
+    assert [batch.sequences for batch in bus.sent] == [[0]]
+    for index in range(1, 6):
+        stream.delta(EngineDelta(choice=0, text=str(index), tokens=[index]))
+        await asyncio.sleep(0)
+    assert len(bus.sent) == 1
+    await batches.flush()
+    running.cancel()
+    assert bus.sent[1].sequences == [1, 2, 3, 4, 5]
+
+
 def test_what_was_cached_is_what_the_first_choice_found():
     progress = _Progress(2)
     progress.saw(EngineDelta(choice=1, text="a", tokens=[1], finish=STOP, cached_tokens=96))

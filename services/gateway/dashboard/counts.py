@@ -22,6 +22,7 @@ RETRIES = "retries"  # by phase
 TTFT = "ttft"  # by the upper bound of the bucket in seconds; not cumulative over buckets
 GAPS = "gaps"  # the same, between tokens
 MOVED = "moved"  # KV bytes by path
+SPENT = "spent"  # money, in all
 LEVELS = "levels"  # of what goes up and down: a sum over ticks, and how many those were
 
 LABELLED = {
@@ -31,7 +32,7 @@ LABELLED = {
     RETRIES: ("baton_retries_total", ("phase",)),
 }
 BUCKETS = {TTFT: "baton_time_to_first_token_seconds_bucket", GAPS: "baton_inter_token_latency_seconds_bucket"}
-FAMILIES = frozenset({*LABELLED, *BUCKETS, TOKENS, MOVED, LEVELS})
+FAMILIES = frozenset({*LABELLED, *BUCKETS, TOKENS, MOVED, SPENT, LEVELS})
 MAX_LABELS = 128  # in a family
 
 

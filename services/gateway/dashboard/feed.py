@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -35,13 +35,24 @@ RETRY_AFTER_S = 5.0
 class Feed:
     """Let it hear, run `run`, and `watch`."""
 
-    def __init__(self, settings: GatewaySettings, model: str, *, bus: Bus, fleet: Fleet, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        model: str,
+        *,
+        bus: Bus,
+        fleet: Fleet,
+        metrics: Metrics,
+        price_per_hour: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`price_per_hour`: of the whole cluster."""
         self._settings = settings
         self._model = model
         self._bus = bus
         self._metrics = metrics
+        self._price_per_hour = price_per_hour
         self._incarnation = uuid.uuid4().hex
-        self._began = time.monotonic()
+        self._began = self._ticked_at = time.monotonic()
         self._figures = Figures(self._began)
         self._attendance = Attendance(model, lambda worker: fleet.beats(worker) > 0)
         self._viewers = 0
@@ -79,7 +90,9 @@ class Feed:
         self._attendance.look(now)
         for store in self._attendance.alive("kv", now):
             self._figures.hear(store.id, store.incarnation, {counts.MOVED: store.moved_bytes}, now)
-        self._figures.level(now, **self._load(now))
+        spent = self._price_per_hour() * (now - self._ticked_at) / 3600
+        self._ticked_at = now
+        self._figures.level(now, spent=spent, **self._load(now))
         if self._viewers:
             self._show(now)
         tick, self._tick = self._tick, asyncio.Event()
@@ -143,6 +156,8 @@ class Feed:
             "bus": self._bus.connected,
             "traces": self._settings.telemetry == "on",
             "targets": targets,
+            "price_per_hour": self._price_per_hour(),
+            "currency": self._settings.prices.currency,
             "services": self._attendance.rows(now),
             **self._load(now),
         }

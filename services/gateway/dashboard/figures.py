@@ -84,9 +84,9 @@ class Figures:
             self._add(now, grown)
             self.ended += sum(grown.get(counts.REQUESTS, {}).values())
 
-    def level(self, now: float, **levels: float) -> None:
-        """What goes up and down, as it is at a tick."""
-        self._add(now, {counts.LEVELS: {**levels, "ticks": 1.0}})
+    def level(self, now: float, *, spent: float = 0.0, **levels: float) -> None:
+        """What goes up and down, as it is at a tick; `spent`: money, since the last one."""
+        self._add(now, {counts.LEVELS: {**levels, "ticks": 1.0}, counts.SPENT: {"all": spent}})
 
     def now(self, now: float) -> dict[str, Any]:
         """Rates of the last seconds; sums and shares of the last minute and of the quarter of an hour."""
@@ -168,6 +168,7 @@ class Figures:
             "goodput": _goodput(total),
             "goodput_by_tier": {tier: _goodput(total, tier) for tier in sorted(_tiers(total))},
             "hits": _hits(total),
+            "cost": _cost(total),
         }
 
 
@@ -213,6 +214,19 @@ def _hits(total: Counts) -> float | None:
     """Share of prompt tokens that nobody had to compute."""
     tokens = total.get(counts.TOKENS, {})
     return round(tokens.get("cached", 0.0) / tokens["prompt"], 4) if tokens.get("prompt") else None
+
+
+def _cost(total: Counts) -> dict[str, float | None] | None:
+    """Of what was served; None: nothing has a price."""
+    spent = total.get(counts.SPENT, {}).get("all", 0.0)
+    if not spent:
+        return None
+    tokens, served = total.get(counts.TOKENS, {}), _outcomes(total).get("ok", 0.0)
+    both = tokens.get("prompt", 0.0) + tokens.get("completion", 0.0)
+    return {
+        "per_million_tokens": _short(spent / both * 1e6) if both else None,
+        "per_request": _short(spent / served) if served else None,
+    }
 
 
 def _level(slot: Counts, name: str) -> float | None:

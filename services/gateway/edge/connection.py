@@ -12,7 +12,7 @@ import resource
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httptools
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -30,7 +30,19 @@ SLICE_BYTES = 16 * 1024  # of a head parsed at once: 256 KiB of small headers wo
 LINGER_S = 2.0  # to read an answer that came before the end of the request; closing at once may destroy it
 SPARE_FILES = 256  # descriptors that are not clients: the bus, Redis, model files, probes
 CUT = "baton.cut"  # scope key: ends the connection without waiting for the client
+DIRECT = "baton.direct"  # scope key: a Direct
 RETRY_AFTER_S = 1.0
+
+
+class Direct(Protocol):
+    """The way of a streamed answer's pieces that needs no task: ASGI's `send` is for those that have to wait."""
+
+    @property
+    def flows(self) -> bool:
+        """A streamed answer is under way here, and its client takes bytes now."""
+
+    def push(self, data: bytes) -> None:
+        """One piece more, while it `flows`."""
 
 
 class Traffic:
@@ -137,6 +149,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope[CUT] = self.cut  # type: ignore[literal-required] # the application may end it, too
+        self.scope[DIRECT] = self  # type: ignore[literal-required]
         self._part = _Part.HEAD
         if len(self.pipeline) >= MAX_PIPELINED:
             self._object(InvalidRequest(f"at most {MAX_PIPELINED} requests may be sent ahead"))
@@ -176,6 +189,21 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
         super()._start_asgi_task(cycle, app)
+
+    # ---- for the application -------------------------------------------------------------------------------
+
+    @property
+    def flows(self) -> bool:
+        cycle = self._answering
+        return (
+            cycle is not None
+            and cycle.chunked_encoding is True
+            and not (cycle.disconnected or cycle.response_complete or self.flow.write_paused)
+            and not self.transport.is_closing()
+        )
+
+    def push(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     # ---- ends ----------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens
         try:
-            self._template = _environment().from_string(template) if template else None
+            self._template = _compiled(template) if template else None
         except jinja2.TemplateError as error:
             raise SettingsError(f"setting 'model': its chat template does not compile: {error}") from error
         self.vocabulary = vocabulary
@@ -132,6 +132,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
+
+
+def _compiled(template: str) -> jinja2.Template:
+    compiled = _environment().from_string(template)
+    # Each rendering begins with a copy of them: of jinja2's own map of maps that takes 20 times as long.
+    compiled.globals = dict(compiled.globals)
+    return compiled
 
 
 def _token_text(token: Any) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-FORMAT = 1
+FORMAT = 2
 # Reading whole weight files would take minutes: the head of a safetensors file names and places every tensor, and
 # head, tail and size together change with any retraining.
 SAMPLE_BYTES = 1024 * 1024
@@ -27,19 +27,34 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 def geometry_of(
     vllm_config: "VllmConfig",
     kv_cache_config: "KVCacheConfig",
-    slot_bytes: int,
+    block_bytes: int,
     kv_caches: dict[str, torch.Tensor],
 ) -> Geometry:
-    """The geometry that this rank announces to its node's store."""
+    """The geometry that this rank announces to its node's store. `block_bytes`: of its own layers' pages."""
     facts = facts_of(vllm_config, kv_caches)
     parallel = vllm_config.parallel_config
     return Geometry(
         fingerprint=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32],
         block_size=kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size,
-        slot_bytes=slot_bytes,
+        slot_bytes=slot_bytes_of(vllm_config, block_bytes),
         ranks=parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         max_model_len=vllm_config.model_config.max_model_len,
     )
+
+
+def slot_bytes_of(vllm_config: "VllmConfig", block_bytes: int) -> int:
+    """Equal for all ranks: the pipeline stage with most layers fills its slots, others leave the end empty."""
+    from vllm.distributed.utils import get_pp_indices
+
+    parallel = vllm_config.parallel_config
+    stages = parallel.pipeline_parallel_size
+    if stages == 1:
+        return block_bytes
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    borders = [get_pp_indices(layers, stage, stages) for stage in range(stages)]
+    counts: list[int] = [last - first for first, last in borders]
+    own: int = counts[parallel.rank // parallel.tensor_parallel_size]
+    return block_bytes // own * max(counts)
 
 
 def facts_of(vllm_config: "VllmConfig", kv_caches: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -58,8 +73,8 @@ def facts_of(vllm_config: "VllmConfig", kv_caches: dict[str, torch.Tensor]) -> d
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "attention": sorted(attention_backends(vllm_config)),
-        # Shapes without the number of pages, which differs with the memory given to an engine.
-        "pages": [[name, str(cache.dtype), list(cache.shape[1:])] for name, cache in sorted(kv_caches.items())],
+        # Kinds of pages: their number differs with the memory given to an engine, layers with the pipeline's stage.
+        "pages": sorted({f"{cache.dtype} {list(cache.shape[1:])}" for cache in kv_caches.values()}),
     }
 
 

@@ -61,7 +61,7 @@ const on = {
   },
   live: () => status("live", "live"),
   lost(attempt) {
-    if (attempt < 3) status("", "connecting again");
+    if (attempt < 1) status("", "connecting again");
     else status("gone", `the gateway is gone${lastMs ? ` since ${clock(lastMs)}` : ""}; trying again`);
   },
   refused: (error) => askForKey(error.message),

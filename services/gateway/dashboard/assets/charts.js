@@ -69,7 +69,7 @@ export class Chart {
       s("text", { x: LEFT - 6, y: y(part * top) + 4, "text-anchor": "end" }, this.format(part * top)),
     ]);
     const minutes = Math.round((this.count * this.slotS) / 60);
-    for (const [part, anchor, text] of [[0, "start", `−${minutes} min`], [1 / 3, "middle", `−${(minutes * 2) / 3}`], [2 / 3, "middle", `−${minutes / 3}`], [1, "end", "now"]]) {
+    for (const [part, anchor, text] of [[0, "start", `−${minutes} min`], [0.5, "middle", `−${minutes / 2}`], [1, "end", "now"]]) {
       parts.push(s("text", { x: x(part * (this.count - 1)), y: HEIGHT - 2, "text-anchor": anchor }, text));
     }
     if (nearTarget && this.target <= top) parts.push(s("line", { class: "target", x1: LEFT, x2: width, y1: y(this.target), y2: y(this.target) }));
@@ -89,7 +89,7 @@ export class Chart {
       ...(nearTarget ? [h("span", { class: "dash" }, h("i", { class: "c4" }), `target ${this.format(this.target)}`)] : []),
     );
     const spoken = said.map(([line, value]) => `${line.name} ${value === NOTHING ? "nothing" : value}`).join(", ");
-    this.svg.setAttribute("aria-label", `${this.title}, ${this.when.textContent || "newest"}: ${spoken}. Arrow keys move through the last 15 minutes.`);
+    this.svg.setAttribute("aria-label", `${this.title}, ${this.when.textContent || "newest"}: ${spoken}. Arrow keys move through time.`);
   }
 }
 

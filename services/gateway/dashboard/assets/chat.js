@@ -3,6 +3,8 @@ import { $, h } from "./dom.js";
 import { ms, number } from "./format.js";
 import { authorization, events, refusal } from "./stream.js";
 
+const LONGEST = 512; // tokens of an answer: without a bound some models go on to the end of their context
+
 export class Chat {
   constructor(model) {
     this.model = model; // () -> its name
@@ -25,6 +27,7 @@ export class Chat {
     const said = this.text.value.trim();
     if (!said || !this.model()) return;
     this.text.value = "";
+    if (!this.messages.length) this.log.replaceChildren();
     this.say("user", said);
     this.messages.push({ role: "user", content: said });
     this.answer();
@@ -50,11 +53,11 @@ export class Chat {
     this.button.textContent = "Stop";
     this.log.setAttribute("aria-busy", "true");
     $("#chat-clear").hidden = false;
-    let text = "", first = null, usage = null, receipt = {};
+    let text = "", first = null, usage = null, receipt = {}, cut = false;
     try {
       const answer = await fetch("/v1/chat/completions", {
         method: "POST", signal: stop.signal, headers: { "Content-Type": "application/json", ...authorization() },
-        body: JSON.stringify({ model: this.model(), messages, stream: true, stream_options: { include_usage: true } }),
+        body: JSON.stringify({ model: this.model(), messages, max_tokens: LONGEST, stream: true, stream_options: { include_usage: true } }),
       });
       if (!answer.ok) throw await refusal(answer);
       for await (const [, data, comment] of events(answer.body)) {
@@ -63,6 +66,7 @@ export class Chat {
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Error(chunk.error.message);
         usage = chunk.usage ?? usage;
+        cut ||= chunk.choices?.[0]?.finish_reason === "length";
         const delta = chunk.choices?.[0]?.delta?.content;
         if (!delta) continue;
         first ??= performance.now();
@@ -71,7 +75,7 @@ export class Chat {
         line.textContent = text;
         if (atEnd) this.log.scrollTop = this.log.scrollHeight;
       }
-      this.say("note", note(receipt, usage, first === null ? null : first - began, performance.now() - (first ?? began)));
+      this.say("note", note(receipt, usage, first === null ? null : first - began, performance.now() - (first ?? began)) + (cut ? " · cut off there" : ""));
     } catch (error) {
       this.say(stop.signal.aborted ? "note" : "note bad", stop.signal.aborted ? "stopped" : error.message);
     } finally {

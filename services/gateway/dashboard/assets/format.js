@@ -37,6 +37,11 @@ export function share(value) {
   return `${percent > 99 && percent < 100 ? percent.toFixed(1) : Math.round(percent)} %`;
 }
 
+export function money(currency) {
+  const shown = new Intl.NumberFormat([], { style: "currency", currency, maximumSignificantDigits: 3 });
+  return (value) => (none(value) ? NOTHING : shown.format(value));
+}
+
 export function ago(seconds) {
   if (seconds < 60) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;

@@ -1,9 +1,10 @@
 // The headline figures and the charts.
 import { $, h, show } from "./dom.js";
 import { Chart } from "./charts.js";
-import { bytes, ms, NOTHING, number, share } from "./format.js";
+import { bytes, money, ms, NOTHING, number, share } from "./format.js";
 
 const PERCENTILES = [{ name: "p50", class: "c2" }, { name: "p95", class: "c1", dash: true }, { name: "p99", class: "c1" }];
+const SPANS = [24, 60]; // slots: 2 and 5 minutes
 const perSecond = (format) => (value) => (format(value) === NOTHING ? NOTHING : `${format(value)}/s`);
 
 // key of the history, title, lines, format, options
@@ -32,14 +33,17 @@ export class Overview {
     const tiles = [
       ["Requests", perSecond(number)(rates.requests), `${number(ended(quarter))} in 15 min`],
       ["Tokens out", perSecond(number)(rates.completion_tokens), `${number(rates.prompt_tokens)}/s prompt`],
-      ["First token", ms(minute.ttft_ms.p50), `median; p99 ${ms(minute.ttft_ms.p99)}`],
-      ["Between tokens", ms(minute.itl_ms.p50), `median; p99 ${ms(minute.itl_ms.p99)}`],
+      ["First token", ms(minute.ttft_ms.p50), `p50, p99 ${ms(minute.ttft_ms.p99)}`],
+      ["Between tokens", ms(minute.itl_ms.p50), `p50, p99 ${ms(minute.itl_ms.p99)}`],
       ["Within targets", share(minute.goodput), `${share(quarter.goodput)} in 15 min`],
       ["In flight", number(frame.active), `${number(frame.queued)} wait in line`],
       ["Prefix hits", share(minute.hits), `${share(quarter.hits)} in 15 min`],
       ["Shed and failed", number(failed(quarter)), `of ${number(ended(quarter))} in 15 min`],
     ];
-    if (frame.cost) tiles.push(["Cost", frame.cost.headline, frame.cost.detail]);
+    if (frame.price_per_hour) {
+      const amount = money(frame.currency);
+      tiles.push(["Cost", `${amount(frame.price_per_hour)}/h`, `${amount(quarter.cost?.per_million_tokens)}/M tokens`]);
+    }
     show($("#headline"), tiles, () => tiles.map(([name, value, more]) => h("div", {}, h("dt", {}, name), h("dd", {}, value), h("dd", {}, more))));
     this.showReasons(quarter);
     this.frame = frame;
@@ -51,10 +55,14 @@ export class Overview {
       shares: { goodput: history.goodput, hits: history.hits },
       load: { active: history.active, queued: history.queued },
     };
+    const first = history.active.findIndex((value) => value !== null);
+    const length = history.active.length, known = first < 0 ? 0 : length - first;
+    // A gateway that has just begun has little to tell: show that little large.
+    const shown = SPANS.find((slots) => slots >= known) ?? length;
     const target = frame?.targets.default;
     const targets = { ttft_ms: target && target.ttft_s * 1000, itl_ms: target && target.itl_s * 1000 };
     COURSES.forEach(([key, , lines], at) => {
-      this.charts[at].update(lines.map((line) => series[key][line.name]), history.slot_s, frame?.at_ms ?? Date.now(), targets[key] ?? null);
+      this.charts[at].update(lines.map((line) => series[key][line.name].slice(-shown)), history.slot_s, frame?.at_ms ?? Date.now(), targets[key] ?? null);
     });
   }
 

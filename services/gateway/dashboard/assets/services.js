@@ -57,14 +57,22 @@ function table(role, rows) {
     h("tbody", {}, rows.map((row) => h("tr", { class: `is-${row.state}`, "data-service": row.id }, columns.map(([, cell, kind]) => h("td", { class: kind }, cell(row)))))));
 }
 
-function tile(row) {
+/** How many characters at the start all names have in common, up to a dash: tiles leave them out. */
+function common(rows) {
+  const [first, ...others] = rows.map((row) => row.id);
+  let length = first.lastIndexOf("-") + 1;
+  while (length > 0 && !others.every((id) => id.startsWith(first.slice(0, length)))) length = first.lastIndexOf("-", length - 2) + 1;
+  return length;
+}
+
+function tile(row, skip) {
   const bad = row.state !== "ready";
   const part = row.role === "kv" ? slots(row).held : load(row);
   const text = bad ? row.state : row.role === "kv" ? share(part) : row.role === "gateway" ? number(at(row, "running")) : `${at(row, "running")}/${at(row, "max_running")}`;
   const waits = at(row, "waiting") ? ` +${row.waiting}` : "";
   const title = `${row.id}: ${row.state}, running ${at(row, "running")} of ${at(row, "max_running")}, waiting ${at(row, "waiting")}, KV ${share(at(row, "kv"))}, ${row.node || "no node"} ${speed(row)}`;
   return h("li", { class: `is-${row.state}`, title, "data-service": row.id },
-    h("p", {}, h("span", { class: "id" }, row.id), h("span", { class: row.state === "lost" ? "bad" : "" }, text + (bad ? "" : waits))),
+    h("p", {}, h("span", { class: "id" }, row.id.slice(skip)), h("span", { class: row.state === "lost" ? "bad" : "" }, text + (bad ? "" : waits))),
     row.role !== "gateway" && bar([part]), ["prefill", "decode"].includes(row.role) && bar([at(row, "kv"), "second"]));
 }
 
@@ -88,9 +96,10 @@ export function services(frame) {
   }).filter(([, members]) => members.length);
   show($("#services"), groups, () => groups.map(([role, members]) => h("section", { class: "group", "aria-label": TITLES[role] },
     h("h3", {}, TITLES[role], h("small", {}, summary(role, members))),
-    members.length > MANY ? h("ul", { class: "tiles" }, members.map(tile)) : table(role, members))));
+    members.length > MANY ? h("ul", { class: "tiles" }, members.map((row) => tile(row, common(members)))) : table(role, members))));
   const lost = rows.filter((row) => row.state === "lost").map((row) => row.id);
+  const back = rows.filter((row) => row.gone_s !== undefined).sort((one, other) => one.gone_s - other.gone_s)[0];
   const health = $("#health");
-  health.className = lost.length || !frame.bus ? "bad" : "";
-  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : "";
+  health.className = lost.length || !frame.bus ? "bad" : "warn";
+  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : back ? `${back.id} was lost ${ago(back.gone_s)} ago and began anew` : "";
 }

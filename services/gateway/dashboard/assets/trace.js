@@ -15,10 +15,17 @@ export async function openTrace(id) {
   try {
     const trace = await get(`/dashboard/traces/${encodeURIComponent(id)}`);
     $("#trace-title").textContent = `Request ${trace.request_id ?? trace.trace_id}`;
-    body.replaceChildren(facts(trace), waterfall(trace.spans));
+    draw(trace, false);
   } catch (error) {
     body.replaceChildren(h("p", { class: "bad" }, error.message));
   }
+}
+
+function draw(trace, zoomed) {
+  const first = trace.receipt?.actual_ttft_ms;
+  const choose = (text, zoom) => h("button", { type: "button", "aria-pressed": String(zoom === zoomed), onclick: () => { draw(trace, zoom); $(`#trace-body [aria-pressed="true"]`).focus(); } }, text);
+  body.replaceChildren(facts(trace), first ? h("div", { class: "choice", role: "group", "aria-label": "Time shown" }, choose("Whole request", false), choose("Until the first token", true)) : "",
+    waterfall(trace.spans, zoomed ? first : null));
 }
 
 function facts(trace) {
@@ -26,7 +33,7 @@ function facts(trace) {
   const stages = Object.entries(receipt.stages_ms ?? {}).map(([name, spent]) => `${name} ${ms(spent)}`).join(", ");
   const way = [receipt.prefill, receipt.decode].filter(Boolean).join(" → ");
   const found = [
-    ["Outcome", trace.outcome], ["Path", receipt.path && `${receipt.path}${receipt.reason ? `, ${receipt.reason}` : ""}`], ["Workers", way],
+    ["Outcome", trace.outcome], ["Path", receipt.path && `${receipt.path}${receipt.reason && receipt.reason !== receipt.path ? `, ${receipt.reason}` : ""}`], ["Workers", way],
     ["First token", receipt.actual_ttft_ms && ms(receipt.actual_ttft_ms)], ["Promised", receipt.predicted_ttft_ms && ms(receipt.predicted_ttft_ms)],
     ["Cached tokens", receipt.cached_tokens], ["Retries", receipt.retries || null], ["Until the first token", stages],
     ["Trace", trace.trace_id],
@@ -49,11 +56,12 @@ export function ordered(spans) {
   return found;
 }
 
-function waterfall(spans) {
+/** `until`: ms at which the picture ends; null: with the last span. */
+function waterfall(spans, until) {
   const begins = Math.min(0, ...spans.map((span) => span.start_ms));
-  const whole = Math.max(0.001, ...spans.map((span) => span.start_ms + span.duration_ms)) - begins;
-  const left = (at) => `${Math.min(100, ((at - begins) / whole) * 100)}%`;
-  const axis = h("div", { class: "axis", "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((part) => h("span", {}, ms(begins + part * whole))));
+  const whole = (until ?? Math.max(0.001, ...spans.map((span) => span.start_ms + span.duration_ms))) - begins;
+  const part = (at) => Math.max(0, Math.min(1, (at - begins) / whole)) * 100;
+  const axis = h("div", { class: "axis", "aria-hidden": "true" }, [0, 0.25, 0.5, 0.75, 1].map((at) => h("span", {}, ms(begins + at * whole))));
   return h("div", { class: "fall" }, axis, ordered(spans).flatMap(([span, depth]) => {
     const bad = span.status === "error";
     const more = details(span);
@@ -63,8 +71,8 @@ function waterfall(spans) {
     } },
     h("span", { class: `name${bad ? " bad" : ""}`, style: { paddingLeft: `${depth * 14}px` } }, span.name, h("small", {}, span.instance || span.service)),
     h("span", { class: "lane" },
-      h("i", { class: bad ? "bad" : "", style: { left: `min(${left(span.start_ms)}, calc(100% - 2px))`, width: `${Math.min(100, (span.duration_ms / whole) * 100)}%` } }),
-      (span.events ?? []).map((event) => h("u", { title: `${event.name} at ${ms(event.at_ms)}`, style: { left: left(event.at_ms) } }))),
+      h("i", { class: bad ? "bad" : "", style: { left: `min(${part(span.start_ms)}%, calc(100% - 2px))`, width: `${part(span.start_ms + span.duration_ms) - part(span.start_ms)}%` } }),
+      (span.events ?? []).filter((event) => event.at_ms <= begins + whole).map((event) => h("u", { title: `${event.name} at ${ms(event.at_ms)}`, style: { left: `min(${part(event.at_ms)}%, calc(100% - 2px))` } }))),
     h("span", { class: "n" }, ms(span.duration_ms)));
     return [line, more];
   }));

@@ -1,0 +1,77 @@
+"""Traces of a gateway with fake workers: a request that one worker serves whole, other gateways' traces, log lines."""
+
+import httpx
+
+from services.gateway.metrics import Metrics
+from shared import telemetry
+from shared.settings import GatewaySettings
+from tests.support.running_gateway import MODEL, running_gateway
+
+PROMPT = "secret words"
+COUNTED = ("inter_token_latency", "time_to_first_token")
+
+
+async def ask(url: str, request: str) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=20) as http:
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3}
+        return await http.post(f"{url}/v1/completions", json=body, headers={"x-request-id": request})
+
+
+async def get(url: str, path: str) -> httpx.Response:
+    async with httpx.AsyncClient(timeout=20) as http:
+        return await http.get(f"{url}{path}")
+
+
+async def test_local_prefill(cluster):
+    cluster.settings["arrangement"] = "unsplit"
+    async with cluster.gateway() as running:
+        await cluster.add(running, "decode-0")
+        assert (await ask(running.url, "whole")).status_code == 200
+        await running.until_idle()
+        trace = (await get(running.url, "/dashboard/traces/whole")).json()
+    assert trace["receipt"]["path"] == "whole"
+    shown = [(span["name"], span["status"]) for span in trace["spans"]]
+    assert shown == [("gateway.request", "ok"), ("gateway.admission", "ok"), ("gateway.queue", "ok")]
+    root = trace["spans"][0]
+    assert [event["name"] for event in root["events"]] == ["placed", "first_token"]
+    assert root["events"][0]["attributes"] == {
+        "path": "whole",
+        "reason": "unsplit",
+        "prefill": "",
+        "decode": "decode-0",
+    }
+    assert root["attributes"]["baton.request_id"] == "whole"
+
+
+async def test_any_gateway_finds_the_traces_of_all(cluster, nats_url, tiny_model):
+    other = GatewaySettings(id="gateway-1", cluster="test", nats_url=nats_url, model=str(tiny_model))
+    async with cluster.gateway() as running, running_gateway(other) as second:
+        await cluster.add(running, "prefill-0", "decode-0")
+        await second.until(lambda gateway: "gateway-0" in gateway._other_gateways())
+        assert (await ask(running.url, "asked-of-the-first")).status_code == 200
+        await running.until_idle()
+        found = await get(second.url, "/dashboard/traces/asked-of-the-first")
+        assert found.json()["summary"]["gateway"] == "gateway-0"
+        listed = (await get(second.url, "/dashboard/traces?order=slowest&limit=5")).json()["traces"]
+        assert [one["request_id"] for one in listed] == ["asked-of-the-first"]
+        missing = await get(second.url, "/dashboard/traces/nothing")
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "trace_not_found")
+
+
+async def test_telemetry_off_makes_no_span_and_counts_no_gap(cluster):
+    cluster.settings["telemetry"] = "off"
+    try:
+        async with cluster.gateway() as running:
+            await cluster.add(running, "prefill-0", "decode-0")
+            assert (await ask(running.url, "unseen")).status_code == 200
+            await running.until_idle()
+            assert (await get(running.url, "/dashboard/traces")).json() == {"traces": []}
+            assert running.sample("baton_traces_kept") == 0
+            assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="ok") == 1
+    finally:
+        telemetry.start()
+    metrics = Metrics(MODEL, each_token=False)
+    metrics.gap(0.1)
+    metrics.first_token(0.1)
+    counted = [metrics.registry.get_sample_value(f"baton_{name}_seconds_count") for name in COUNTED]
+    assert counted == [0.0, 1.0]
