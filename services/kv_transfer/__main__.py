@@ -40,6 +40,8 @@ from shared.span_sender import SpanSender
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005  # a thread whose block has come waits no longer than this for the loop to let it go on
+
 
 def main() -> int:
     try:
@@ -56,6 +58,7 @@ def main() -> int:
 
 async def serve(settings: KvSettings) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError."""
+    sys.setswitchinterval(SWITCH_S)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

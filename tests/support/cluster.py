@@ -17,7 +17,8 @@ from typing import Any
 import openai
 import psutil
 
-BATON = [sys.executable, "-m", "services.launcher"]
+LAUNCHER = "services.launcher"
+BATON = [sys.executable, "-m", LAUNCHER]
 SHM = Path("/dev/shm")
 START_S = 240
 STOP_S = 60
@@ -118,11 +119,13 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_cluster(home: Path, *options: str, port: int | None = None, **env: str) -> Iterator[Cluster]:
-    """`baton up` with these options; at the end SIGINT, and nothing of it may be left."""
+def running_cluster(
+    home: Path, *options: str, port: int | None = None, launcher: str = LAUNCHER, **env: str
+) -> Iterator[Cluster]:
+    """`baton up` with these options; at the end SIGINT, and nothing of it may be left. `launcher`: a module."""
     port = port or free_port()
     process = subprocess.Popen(
-        [*BATON, "up", "--port", str(port), *options],
+        [sys.executable, "-m", launcher, "up", "--port", str(port), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
