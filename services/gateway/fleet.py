@@ -105,13 +105,14 @@ class Fleet:
         self._refresh(known, beat, now)
         self._changed()
 
-    def report(self, worker: str, backlog: wire.Backlog, now: float) -> None:
-        """A reply or batch tells the load more freshly than the last beat."""
+    def report(self, worker: str, backlog: wire.Backlog, now: float) -> bool:
+        """A reply or batch tells the load more freshly than the last beat. Returns whether it says something new."""
         known = self._workers.get(worker)
         if known is None or (backlog == known.backlog and not backlog.queued_prompts):
-            return  # nothing new, which is what most batches say
+            return False  # which is what most batches say
         known.backlog, known.backlog_at = backlog, now
         self._unread.add(worker)
+        return True
 
     def answered(self, tokens: int) -> None:
         """An answer of so many tokens has ended."""

@@ -16,7 +16,7 @@ from math import inf
 from random import Random
 
 AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
-AT_FIRST = 4  # prompts for a worker whose speed is not known
+AT_FIRST = 8  # prompts for a worker whose speed is not known
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same;
