@@ -83,6 +83,9 @@ ENV BATON_ENGINE=sim
 CMD ["python", "-m", "services.decode_worker"]
 
 FROM service AS worker-cpu
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=packages-cpu /opt/venv /opt/venv
 COPY --from=baton /opt/baton /opt/baton
 # torch.compile needs a compiler, which is not in here, and gains little on CPUs.

@@ -8,13 +8,14 @@ cd "$(dirname "$0")/.."
 # Nothing that names an index: whoever builds says where packages come from.
 lock() {
     uv pip compile --quiet --generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_28 "$@"
+        --python-version 3.11 --python-platform x86_64-manylinux_2_31 "$@"
 }
 
 lock pyproject.toml --output-file requirements/base.lock "$@"
 # From the default index these three are CUDA builds, which break the import of transformers; serving text needs none.
+# And a gigabyte of Triton is for GPUs: vLLM turns it off here, xgrammar looks whether it is there.
 lock pyproject.toml --extra cpu --output-file requirements/cpu.lock --no-emit-package torchvision \
-    --no-emit-package torchaudio --no-emit-package torchcodec "$@"
+    --no-emit-package torchaudio --no-emit-package torchcodec --no-emit-package triton "$@"
 # torch in a file of its own: it may have to come from another index.
 awk '/^[a-z]/ { file = /^torch==/ ? "requirements/torch-cpu.lock" : "requirements/cpu.lock.rest" } { print > file }' \
     requirements/cpu.lock

@@ -131,6 +131,8 @@ class WorkerSettings(CommonSettings, frozen=True, kw_only=True):
     cpu_cores: str = ""  # e.g. "0" or "0-3": threads are pinned there; empty: all
     kv_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # the engine's own KV cache on CPU; 0: the engine's default
     reserve_s: Positive = 5.0  # how long a job waits for slots in the node's store
+    # Blocks of other nodes: auto asks for them when that has been faster than computing; the others are to compare.
+    pull: Annotated[str, msgspec.Meta(pattern="^(auto|always|never)$")] = "auto"
     lease_s: Positive = 120.0  # a lease that is not released by then is revoked
     wedge_s: Positive = 60.0  # an engine without a sign of life for this long ends the worker; no step may take longer
 

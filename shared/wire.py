@@ -100,6 +100,7 @@ class PrefillJob(Message, frozen=True):
     timeout_s: float
     salt: bytes = b""
     priority: int = 0
+    holders: dict[str, int] = {}  # node -> leading tokens whose KV it holds, by the index: to pull them from
 
 
 class PrefillDone(Message, frozen=True):

@@ -9,6 +9,8 @@ or fails (resume.py says which), and is never begun again.
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from operator import itemgetter
 
 from opentelemetry import trace
 from opentelemetry.util.types import AttributeValue
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4  # decode jobs lost without a new token in between
 MAX_BUSY = 3  # refusals by workers that looked free; a stream that has begun goes by the queue's time alone
+MOST_HOLDERS = 4  # nodes that a prefill worker is told of
 RESERVE_S = 30.0  # a worker answers Busy well before
 
 
@@ -239,6 +242,7 @@ class Leg:
             node=accepted.node,
             timeout_s=self._left_s(),
             salt=self._load.salt,
+            holders=dict(nlargest(MOST_HOLDERS, self._wish.hits.items(), key=itemgetter(1))),
         )
         return Prefilling(self._gateway, seat, job, stream, receipt)
 

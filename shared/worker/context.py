@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from shared import wire
 from shared.kv.client import KvClient
@@ -11,6 +12,9 @@ from shared.worker.engine import Engine, EngineDelta
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.rates import Prompts
+
+if TYPE_CHECKING:
+    from shared.worker.pulling import Pulling
 
 
 @dataclass
@@ -29,6 +33,7 @@ class WorkerContext:
     prompts: Prompts = field(default_factory=Prompts)  # that are computed here
     loads: Line = field(default_factory=lambda: Line(proportional=True))  # seconds from blocks to token, by tokens
     kv_promised: int = 0  # tokens of accepted prompts that wait for their blocks
+    pulling: "Pulling | None" = None  # None: whoever built this asks no other node
     draining: bool = False
 
     def backlog(self) -> wire.Backlog:
@@ -43,8 +48,8 @@ class WorkerContext:
         self.prompts.forget()
         self.loads = Line(proportional=True)
 
-    def count_prompt(self, prompt_tokens: int, delta: EngineDelta) -> None:
-        """Where a prompt's KV came from, once, with the last delta."""
+    def count_prompt(self, prompt_tokens: int, delta: EngineDelta, pulled_tokens: int = 0) -> None:
+        """Where a prompt's KV came from, once, with the last delta. `pulled_tokens`: from another node, for it."""
         if delta.finish is None:
             return
         sources = self.metrics.prefix_tokens
@@ -52,7 +57,9 @@ class WorkerContext:
         sources.labels(source="computed").inc(
             max(0, prompt_tokens - delta.cached_tokens) if computed is None else computed
         )
-        sources.labels(source="node").inc(delta.loaded_tokens)
+        pulled_tokens = min(pulled_tokens, delta.loaded_tokens)
+        sources.labels(source="peer").inc(pulled_tokens)
+        sources.labels(source="node").inc(delta.loaded_tokens - pulled_tokens)
         sources.labels(source="engine").inc(max(0, delta.cached_tokens - delta.loaded_tokens))
         self.metrics.recomputed_tokens.inc(delta.recomputed_tokens)
         self.metrics.unkept_tokens.inc(delta.unkept_tokens)

@@ -43,6 +43,7 @@ from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
 from shared.worker.prefill import PrefillHandler
+from shared.worker.pulling import Pulling
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
@@ -121,6 +122,7 @@ class Worker:
                 batches=batches,
                 reserve_s=settings.reserve_s,
                 lease_s=settings.lease_s,
+                pulling=Pulling(bus, settings.cluster, settings.node, kv, self._metrics, settings.pull),
             )
             if settings.kv_socket and engine.info.splits:
                 await kv.connect()

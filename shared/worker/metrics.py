@@ -22,6 +22,12 @@ class WorkerMetrics:
             "Prompt tokens that a hand-off or a cache had promised and this engine computed after all",
             registry=self.registry,
         )
+        self.pulls = Counter(
+            "baton_kv_pulls",
+            "Prompts whose prefix another node was asked for; ok, late, stale and slower, or an error's code",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.unkept_tokens = Counter(
             "baton_kv_unkept_tokens",
             "Generated tokens that were not stored for the next turn: too many waited for that",

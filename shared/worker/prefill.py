@@ -12,6 +12,7 @@ from shared.kv.blocks import block_keys
 from shared.worker.context import WorkerContext
 from shared.worker.engine import EngineRequest, KvPlan
 from shared.worker.leases import held, leading
+from shared.worker.pulling import Pulled
 
 # Prefill needs none of the request's sampling parameters: its token is thrown away, decode samples every one.
 _ONE_TOKEN = wire.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -62,32 +63,47 @@ class PrefillHandler:
             raise KvLost("this node's KV store is away")
         geometry = attached.geometry
         keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
-        where = {"for_node": job.node, "for_lease": job.lease}
-        async with held(context, job.request, job.attempt, keys, **where) as (lease, slots):
-            hits = leading(slots.committed)
-            cached = min(hits * geometry.block_size, len(job.tokens) // wire.TOKEN_BYTES)
-            if hits < len(keys):
+        pulled = await self._pull(job, keys, geometry.block_size)
+        try:
+            where = {"for_node": job.node, "for_lease": job.lease}
+            async with held(context, job.request, job.attempt, keys, **where) as (lease, slots):
+                if pulled is not None:
+                    pulled.release()
                 plan = KvPlan(
                     arena=attached.arena,
                     lease=lease,
                     slots=slots.slots,
                     words=slots.words,
-                    load=hits,
+                    load=leading(slots.committed),
                     save=True,
                     write=[not committed for committed in slots.committed],
                 )
-                cached = await self._engine(job, plan, cached)
-            # Another node's store may not have said yet that it takes them; its own deadlines are shorter.
-            ready = await context.kv.wait(lease, timeout_s=0 if job.node == context.node else OFFER_S)
-            if not ready.complete:
-                raise KvLost("the prompt was computed, but not all of its blocks reached the store")
+                cached = min(plan.load * geometry.block_size, len(job.tokens) // wire.TOKEN_BYTES)
+                if plan.load < len(keys):
+                    cached = await self._engine(job, plan, cached, pulled.tokens if pulled else 0)
+                # Another node's store may not have said yet that it takes them; its own deadlines are shorter.
+                ready = await context.kv.wait(lease, timeout_s=0 if job.node == context.node else OFFER_S)
+                if not ready.complete:
+                    raise KvLost("the prompt was computed, but not all of its blocks reached the store")
+        finally:
+            if pulled is not None:
+                pulled.release()
         context.prompts.drop((job.request, job.attempt))  # else the reply would count it still
         return wire.PrefillDone(
             request=job.request, attempt=job.attempt, cached_tokens=cached, backlog=context.backlog()
         )
 
-    async def _engine(self, job: wire.PrefillJob, plan: KvPlan, held: int) -> int:
-        """Returns the prompt tokens that were not computed; `held`: those that the store has."""
+    async def _pull(self, job: wire.PrefillJob, keys: list[bytes], block_size: int) -> Pulled | None:
+        pulling = self._context.pulling
+        if pulling is None or not job.holders:
+            return None
+        return await pulling.pull(job.request, keys, block_size, job.holders, self._context.prompts)
+
+    async def _engine(self, job: wire.PrefillJob, plan: KvPlan, held: int, pulled: int) -> int:
+        """Returns the prompt tokens that were not computed.
+
+        `held`: those that the store has, `pulled`: of these, for this job from another node.
+        """
         context = self._context
         key, tokens = (job.request, job.attempt), wire.unpack_tokens(job.tokens)
         request = EngineRequest(
@@ -104,6 +120,6 @@ class PrefillHandler:
         async with aclosing(context.engine.generate(request)) as deltas:
             async for delta in deltas:
                 cached = max(cached, delta.cached_tokens)
-                context.count_prompt(len(tokens), delta)
+                context.count_prompt(len(tokens), delta, pulled)
         context.prompts.done(key, len(tokens) - cached, time.monotonic())
         return cached

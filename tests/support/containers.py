@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,24 @@ def container_engine(folder: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(folder / "data")
 
 
+def package_index(folder: Path) -> dict[str, str]:
+    """Where this machine's pip has its packages from, if not from where pip has them by itself, for builds as well."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True
+    )
+    lines = []
+    for key, text in (line.split("=", 1) for line in listed.stdout.splitlines() if "=" in line):
+        name, value = key.rpartition(".")[2], text.strip("'")
+        reachable = [part for part in value.split() if name == "trusted-host" or part.startswith("http")]
+        if name in ("index-url", "extra-index-url", "find-links", "trusted-host") and reachable:
+            lines.append(f"{name} = {' '.join(reachable)}")
+    if not lines:
+        return {}
+    config = folder / "pip.conf"
+    config.write_text("\n".join(["[global]", *lines, ""]))
+    return {"PIP_CONFIG_FILE": str(config)}
+
+
 class Compose:
     """One project of the shipped file, with settings as a user gives them: in the environment."""
 
@@ -99,6 +118,9 @@ class Compose:
 
     def health(self, container: str) -> str:
         return self.docker("inspect", "--format", "{{.State.Health.Status}}", container, check=False).stdout.strip()
+
+    def restarts(self, container: str) -> int:
+        return int(self.docker("inspect", "--format", "{{.RestartCount}}", container).stdout)
 
     def everybody_is_healthy(self) -> bool:
         return {self.health(container) for container in self("ps", "--quiet").stdout.split()} == {"healthy"}

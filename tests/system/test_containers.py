@@ -12,7 +12,7 @@ import pytest
 
 from shared.worker.sim.oracle import Oracle
 from tests.support.cluster import PATIENT, free_port
-from tests.support.containers import PROJECT, REPOSITORY, Compose, container_engine, until
+from tests.support.containers import PROJECT, REPOSITORY, Compose, container_engine, package_index, until
 from tests.support.offered import Offered, offered
 
 pytestmark = pytest.mark.timeout(900)
@@ -29,9 +29,10 @@ HOLDERS = ("gateway", "nats")
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     """Two workers of each kind, every request split."""
-    with container_engine(tmp_path_factory.mktemp("engine")) as engine:
+    folder = tmp_path_factory.mktemp("engine")
+    with container_engine(folder) as engine:
         compose = Compose(
-            engine,
+            {**engine, **package_index(folder)},
             free_port(),
             BATON_ENGINE="sim",
             BATON_ARENA_GIB="0.25",
@@ -129,6 +130,27 @@ async def test_each_tier_scales_under_load_without_a_failed_request(cluster: Com
     assert_nothing_held(cluster)
 
 
+@pytest.mark.parametrize(
+    ("service", "variable", "says"),
+    [
+        ("gateway", "BATON_NO_SUCH=1", "unknown setting 'no_such'"),
+        ("gateway", "BATON_PORT=high", "setting 'port'"),
+        (STORE, "BATON_CONFIG=/run/secrets/baton/none.yaml", "BATON_CONFIG: cannot read /run/secrets/baton/none.yaml"),
+        (STORE, "BATON_NATS_URL=nats://baton:wrong@nats:4222", "setting 'nats_url'"),
+        ("prefill-worker", "BATON_MODEL=/models/none", "setting 'model'"),
+        # Of another KV format than the tier beside it: its blocks would be noise there.
+        ("decode-worker", 'BATON_ENGINE_ARGS={"kv_bytes_per_token": 1024}', "fingerprint"),
+    ],
+)
+def test_a_bad_setting_ends_its_process_with_one_line(cluster: Compose, service: str, variable: str, says: str) -> None:
+    done = cluster("run", "--rm", "--no-deps", "-T", "--env", variable, service, check=False)
+    assert done.returncode in (1, 2)
+    last = done.stderr.splitlines()[-1]
+    assert says in last
+    assert "Traceback" not in done.stderr
+    assert cluster.everybody_is_healthy()
+
+
 @contextlib.contextmanager
 def broken(cluster: Compose, service: str, container: str, fault: str) -> Iterator[None]:
     """Within, it is; a container that crashed comes back by itself."""
@@ -138,7 +160,9 @@ def broken(cluster: Compose, service: str, container: str, fault: str) -> Iterat
     elif fault == "cut":
         cluster.docker("network", "disconnect", network, container)
     else:
+        before = cluster.restarts(container)
         cluster.docker("exec", container, *CRASH, check=False)
+        until(lambda: cluster.restarts(container) > before, f"{service} is started again", BACK_S)
     try:
         yield
     finally:
