@@ -30,6 +30,7 @@ BEAT_S = 0.2
 MAX_MODEL_LEN = 8192
 MAX_RUNNING = 1 << 16  # the token path is measured, not the queue
 BLOCK_SIZE = 16
+PREFILL_TOKENS_PER_S = 1e6  # a prompt is done at once: nobody has to wait for another
 DATAGRAM_BYTES = 512
 TOKENS = [(100 + number, f" w{number % 10}") for number in range(64)]
 
@@ -179,6 +180,7 @@ class StubWorker:
                     block_size=BLOCK_SIZE,
                     backlog=self._backlog(),
                     max_running=MAX_RUNNING,
+                    prefill_tokens_per_s=PREFILL_TOKENS_PER_S,
                 ),
             )
             await asyncio.sleep(BEAT_S)

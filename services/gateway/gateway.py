@@ -313,8 +313,8 @@ class Gateway:
             now = time.monotonic()
             self._look_at_bus(now)
             self.streams.put(message, now)
-            self.fleet.report(message.worker, message.backlog, now)
-            self.pump()
+            if self.fleet.report(message.worker, message.backlog, now):
+                self.pump()
 
     def _other_gateways(self) -> list[str]:
         members = self.roster.live(time.monotonic(), "gateway")

@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.cluster import free_port
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "tests" / "system"
 ENGINE_S = 60
@@ -92,7 +94,9 @@ class Compose:
 
     def __init__(self, engine: dict[str, str], port: int, **settings: str) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        self._env = {**os.environ, **engine, **settings, "BATON_PORT": str(port)}
+        self.prometheus_port = free_port()
+        ports = {"BATON_PORT": str(port), "PROMETHEUS_PORT": str(self.prometheus_port)}
+        self._env = {**os.environ, **engine, **settings, **ports}
 
     def __call__(self, *args: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """`docker compose ARGS`."""

