@@ -14,7 +14,7 @@ from shared import wire
 
 SLOW = 0.5  # of the pool's median speed
 FULL = 0.9
-STALL_S = 0.5
+STALL_S = 1.0
 FEW = 20  # requests: shares of fewer say nothing
 FAILED = 0.01
 REFUSED = 0.05
