@@ -88,8 +88,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && 
 USER 10001:10001
 COPY --from=packages-cpu /opt/venv /opt/venv
 COPY --from=baton /opt/baton /opt/baton
-# torch.compile needs a compiler, which is not in here, and gains little on CPUs.
-ENV BATON_ENGINE_ARGS='{"enforce_eager": true}' VLLM_NO_USAGE_STATS=1
+ENV VLLM_NO_USAGE_STATS=1
 CMD ["python", "-m", "services.decode_worker"]
 
 # The one image with a compiler: Triton, and so vLLM on a GPU, compiles the launchers of its kernels when it starts.
