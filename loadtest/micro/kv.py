@@ -1,4 +1,4 @@
-"""The KV plane of one node by itself: a real kv_transfer, two stand-ins for engines, and every raw limit beside it.
+"""The KV plane by itself: real kv_transfers, stand-ins for engines, on a node and between two, and every raw limit.
 
 Baton and its limits are measured in turns, round by round, so that what else the machine does falls on both. A figure
 is the median of the rounds, a ratio is taken within its round.
@@ -10,11 +10,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadtest.cluster.stream import percentile
 from loadtest.micro import bench, kv_table, limits
 from loadtest.micro.kv_engine import Arrived, Connection, Engine, Shape, Times, Use
+from loadtest.micro.kv_peers import PeerPlane, attach
 from loadtest.micro.local_protocol import LocalProtocol
 from loadtest.micro.raw_peer import connect
 from loadtest.micro.store_bench import StoreBench, new_keys
@@ -31,6 +32,11 @@ STORE_CALLS = 1000
 SOURCE = "source.sock"
 RAW = "raw.sock"
 SETTINGS = ("sizes_mib", "slots_kib", "layers", "steps", "rounds", "arena_gib", "no_index")
+
+
+class _Store(NamedTuple):
+    path: str  # of its socket
+    pid: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,39 +74,71 @@ def _refusal(args: argparse.Namespace) -> str | None:
 
 async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     async with bench.opened() as here:
-        tcp_port, probe_port = free_ports(2)
-        store = await _store(here, args, probe_port)
+        (tcp_port,) = free_ports(1)
+        stores = await _stores(here, args)
+        store = stores[0].path
         source = here.python("source-0", "loadtest.micro.kv_engine", store, str(here.folder / SOURCE))
         raw = here.python("raw-0", "loadtest.micro.raw_peer", str(here.folder / RAW), str(tcp_port))
         await here.until(source, _until_listening(here.folder / SOURCE))
         await here.until(raw, _until_listening(here.folder / RAW))
-        here.say("kv_transfer, the source and the raw peer are up; touching memory")
+        here.say("two kv_transfer, the source and the raw peer are up; touching memory")
         plane = _Plane(here, args, store, tcp_port)
         figures: dict[str, Any] = {"limits": await plane.limits()}
         figures["handoff"] = await plane.handoffs()
         figures["protocol"] = await plane.protocol()
         figures["concurrency"] = await plane.concurrency()
+        figures["peers"] = await _between_nodes(here, args, stores, plane)
         figures["limits"]["first touch of a mapped arena, ms/GiB"] = plane.first_touch()
     figures["store"] = _store_rates(args.rounds)
     return bench.result("kv", {name: getattr(args, name) for name in SETTINGS}, **figures)
 
 
-async def _store(here: bench.Bench, args: argparse.Namespace, probe_port: int) -> str:
-    """A kv_transfer with its broker and its index, as the launcher starts them; returns its socket."""
+async def _stores(here: bench.Bench, args: argparse.Namespace) -> list[_Store]:
+    """Two nodes' kv_transfer with broker and index, as the launcher starts them."""
     _, nats_url = await here.nats()
-    path = str(here.folder / "kv.sock")
-    settings = {
-        "cluster": "loadtest",
-        "id": "kv-0",
-        "nats_url": nats_url,
-        "redis_url": f"unix://{here.folder}/nobody.sock" if args.no_index else await here.redis(),
-        "kv_socket": path,
-        "arena_gib": args.arena_gib,
-        "probe_port": probe_port,
-    }
-    child = here.python("kv-0", "services.kv_transfer", settings=settings)
-    await here.until_probed(child, f"http://{LOOPBACK}:{probe_port}")
-    return path
+    redis_url = f"unix://{here.folder}/nobody.sock" if args.no_index else await here.redis()
+    stores = []
+    for number in range(2):
+        probe_port, peer_port = free_ports(2)
+        path = str(here.folder / f"kv-{number}.sock")
+        settings = {
+            "cluster": "loadtest",
+            "id": f"kv-{number}",
+            "node": f"node-{number}",
+            "nats_url": nats_url,
+            "redis_url": redis_url,
+            "kv_socket": path,
+            "arena_gib": args.arena_gib,
+            "probe_port": probe_port,
+            "peer_secret": "loadtest",
+            "peer_port": peer_port,
+        }
+        child = here.python(f"kv-{number}", "services.kv_transfer", settings=settings)
+        await here.until_probed(child, f"http://{LOOPBACK}:{probe_port}")
+        stores.append(_Store(path, child.pid))
+    return stores
+
+
+async def _between_nodes(
+    here: bench.Bench, args: argparse.Namespace, stores: list[_Store], plane: "_Plane"
+) -> dict[str, Any]:
+    points, overlap = [], []
+    for slot_kib in args.slots_kib:
+        shape = Shape(slot_bytes=slot_kib * KIB, layers=args.layers, pool_bytes=POOL_BYTES)
+        source = await attach(str(here.folder / SOURCE), shape)
+        try:
+            async with Engine(stores[1].path, "target-0", shape) as target:
+                peers = PeerPlane(source, target, plane.raw_gb_s, [store.pid for store in stores])
+                for size_mib in args.sizes_mib:
+                    here.say(f"between nodes: {size_mib} MiB in slots of {slot_kib} KiB")
+                    count = min(MOST_HANDOFFS, max(4, POINT_BYTES // (size_mib * MIB)))
+                    points.append(await peers.bandwidth(size_mib * MIB, shape.slot_bytes, count, args.rounds))
+                if slot_kib == max(args.slots_kib):
+                    here.say("between nodes: prompts computed in chunks")
+                    overlap = await peers.overlap(shape.slot_bytes, args.rounds)
+        finally:
+            source.close()
+    return {"bandwidth": points, "overlap": overlap}
 
 
 async def _until_listening(path: Path) -> None:
@@ -127,7 +165,7 @@ class _Plane:
         self._tcp = connect((LOOPBACK, tcp_port))
 
     async def limits(self) -> dict[str, Any]:
-        """What no point has beside it: TCP, until stores of two nodes speak it, and two cores copying."""
+        """What no point has beside it, and what all of them are held against."""
         rows: dict[str, list[float]] = {}
         for number in range(self._args.rounds):
             self._here.say(f"limits, round {number + 1} of {self._args.rounds}")
@@ -141,6 +179,10 @@ class _Plane:
             for name, value in figures.items():
                 rows.setdefault(name, []).append(value)
         return {f"{name}, GB/s": bench.figure(values) for name, values in rows.items()}
+
+    async def raw_gb_s(self) -> float:
+        """What a plain socket does now."""
+        return await asyncio.to_thread(limits.tcp_gb_s, self._tcp, self._memory)
 
     async def handoffs(self) -> list[dict[str, Any]]:
         points = []

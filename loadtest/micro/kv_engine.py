@@ -61,6 +61,22 @@ class Push(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     keys: list[bytes]
     lease: str
     steps: int
+    node: str = ""  # whose store the lease is of; empty: the source's own
+    compute_s: float = 0.0  # before each step
+
+
+class Hand(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To the source: these blocks, which its store holds, go to that lease of another node's store."""
+
+    keys: list[bytes]
+    lease: str
+    node: str
+
+
+class Handed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """When the store was asked, by time.monotonic_ns."""
+
+    began_ns: int
 
 
 class InUse(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -83,7 +99,7 @@ class Pushed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     checksums: list[int]
 
 
-Message = Use | Push | InUse | Broken | Pushed
+Message = Use | Push | Hand | Handed | InUse | Broken | Pushed
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,14 +185,50 @@ class Engine:
         own = uuid.uuid4().hex
         started = time.perf_counter()
         granted = await self.host.reserve(
-            lease=own, request=call.request, keys=call.keys, write=True, ttl_s=TTL_S, take_from=call.lease
+            lease=own,
+            request=call.request,
+            keys=call.keys,
+            write=True,
+            ttl_s=TTL_S,
+            take_from="" if call.node else call.lease,
+            push_node=call.node,
+            push_lease=call.lease if call.node else "",
         )
         reserve_s = time.perf_counter() - started
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, self._save, own, granted.slots, call.steps, reserve_s)
+            work = (own, granted.slots, call.steps, reserve_s, call.compute_s)
+            pushed = await loop.run_in_executor(self._thread, self._save, *work)
+            if call.node:
+                await self._until_offered(own)
+            return pushed
         finally:
             self.host.release_soon(own)
+
+    async def hand(self, call: Hand) -> Handed:
+        """As a prefill job does whose prompt its store holds. Raises Failed."""
+        own = uuid.uuid4().hex
+        began_ns = time.monotonic_ns()
+        granted = await self.host.reserve(
+            lease=own,
+            request=own,
+            keys=call.keys,
+            write=True,
+            ttl_s=TTL_S,
+            push_node=call.node,
+            push_lease=call.lease,
+        )
+        try:
+            if not all(granted.committed):
+                raise Failed("the source's store does not hold what it is to hand over")
+            await self._until_offered(own)
+            return Handed(began_ns=began_ns)
+        finally:
+            self.host.release_soon(own)
+
+    async def _until_offered(self, lease: str) -> None:
+        if not (await self.host.wait(lease, WAIT_S)).complete:
+            raise Failed("the other node's store did not take the blocks")
 
     async def pull(self, source: "Connection", keys: list[bytes], steps: int) -> Arrived:
         """As a decode job does: set slots aside, wait for the other's blocks, copy them in. Raises Failed."""
@@ -207,12 +259,13 @@ class Engine:
         if wrong:
             raise Failed(f"{wrong} of {len(arrived.blocks)} blocks arrived changed")
 
-    def _save(self, lease: str, slots: list[int], steps: int, reserve_s: float) -> Pushed:
+    def _save(self, lease: str, slots: list[int], steps: int, reserve_s: float, compute_s: float) -> Pushed:
         copy_s = checksum_s = commit_s = 0.0
         blocks, checksums, sent_ns = self.pages.take(len(slots)), [], 0
         began_ns = time.monotonic_ns()
         for positions in np.array_split(np.arange(len(slots)), min(steps, len(slots))):
             sums = []
+            time.sleep(compute_s)
             if not self.rank.begin_copy(lease):
                 raise Failed("the lease ended while it was written")
             try:
@@ -353,8 +406,12 @@ class Source:
                 await self._engine.__aexit__()
             self._engine = await Engine(self._store, "source-0", call.shape).__aenter__()
             return InUse()
-        if not isinstance(call, Push) or self._engine is None:
+        if self._engine is None:
             raise Failed("a push came before a shape")
+        if isinstance(call, Hand):
+            return await self._engine.hand(call)
+        if not isinstance(call, Push):
+            raise Failed(f"{type(call).__name__} is no call")
         return await self._engine.push(call)
 
 

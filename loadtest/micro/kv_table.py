@@ -11,6 +11,10 @@ HANDOFF_HEAD = (
     "   MiB slot KiB               GB/s   p50 ms   p99 ms  one memcpy ms"
     f"{'/ one':>19}{'/ two':>19}{'/ two by page + xxh3':>22}"
 )
+PEERS_HEAD = (
+    f"  {'MiB':>4} {'slot KiB':>8} {'GB/s':>18} {'raw GB/s':>18} {'of raw':>18} {'CPU s/GB':>18} "
+    f"{'p50 ms':>8} {'p99 ms':>8}"
+)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -20,6 +24,8 @@ def text(found: dict[str, Any]) -> str:
         _stages(found["handoff"]),
         _protocol(found["protocol"]),
         _concurrency(found["concurrency"]),
+        _between_nodes(found["peers"]["bandwidth"]),
+        _overlap(found["peers"]["overlap"]),
         _store(found["store"]),
     ]
     return "\n\n".join("\n".join(part) for part in parts)
@@ -83,6 +89,33 @@ def _concurrency(rows: list[dict[str, Any]]) -> list[str]:
     lines += [
         f"  {row['at once']:7} {of(row['GB/s']):>18} {of(row['of limit']):>18} {of(row['Jain'], 3):>20} "
         f"{row['p50 ms'].median:8.1f} {row['p99 ms'].median:8.1f}"
+        for row in rows
+    ]
+    return lines
+
+
+def _between_nodes(points: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Between nodes: blocks that the source's store holds, until the target's has verified and committed them all;",
+        "raw: a plain socket in the same round; CPU: of both stores",
+        PEERS_HEAD,
+    ]
+    lines += [
+        f"  {row['size_mib']:4.0f} {row['slot_kib']:8.0f} {of(row['GB/s']):>18} {of(row['raw GB/s']):>18} "
+        f"{of(row['of raw']):>18} {of(row['CPU s/GB']):>18} {row['p50 ms'].median:8.2f} {row['p99 ms'].median:8.2f}"
+        for row in points
+    ]
+    return lines
+
+
+def _overlap(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Exposed: from the last chunk's commit at the source until the target's store holds the whole prompt (32 MiB)",
+        f"  {'chunks':>6} {'exposed ms':>18} {'whole ms':>18} {'of whole':>18} {'1/chunks':>8}",
+    ]
+    lines += [
+        f"  {row['chunks']:6} {of(row['exposed ms']):>18} {of(row['whole ms']):>18} {of(row['of whole']):>18} "
+        f"{1 / row['chunks']:8.2f}"
         for row in rows
     ]
     return lines

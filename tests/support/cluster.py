@@ -17,7 +17,8 @@ from typing import Any
 import openai
 import psutil
 
-BATON = [sys.executable, "-m", "services.launcher"]
+LAUNCHER = "services.launcher"
+BATON = [sys.executable, "-m", LAUNCHER]
 SHM = Path("/dev/shm")
 START_S = 240
 STOP_S = 60
@@ -118,11 +119,13 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_cluster(home: Path, *options: str, port: int | None = None, **env: str) -> Iterator[Cluster]:
-    """`baton up` with these options; at the end SIGINT, and nothing of it may be left."""
+def running_cluster(
+    home: Path, *options: str, port: int | None = None, launcher: str = LAUNCHER, **env: str
+) -> Iterator[Cluster]:
+    """`baton up` with these options; at the end SIGINT, and nothing of it may be left. `launcher`: a module."""
     port = port or free_port()
     process = subprocess.Popen(
-        [*BATON, "up", "--port", str(port), *options],
+        [sys.executable, "-m", launcher, "up", "--port", str(port), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -146,6 +149,8 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         assert not run_folder.exists(), "sockets left behind"
         left = [name for name in semaphores if (SHM / name).exists()]
         assert not left, f"semaphores left behind: {left}"
+        for log in (home / str(port) / "logs").glob("*.log"):
+            assert "Permissions Violation" not in log.read_text(), f"{log.stem} did what shared/bus_users.py forbids"
     finally:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
