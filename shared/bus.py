@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Generic, TypeVar
@@ -23,7 +24,9 @@ from nats.aio.subscription import Subscription
 from opentelemetry.context import Context
 
 from shared import telemetry, wire
+from shared.bus_login import Account, NatsClient, inbox, login, not_joined
 from shared.errors import BatonError, BusUnavailable, Internal, SettingsError, Timeout, WorkerLost, from_wire
+from shared.settings import CommonSettings
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +36,42 @@ MessageHandler = Callable[[wire.AnyMessage], None]
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 CONNECT_S = 10.0
+REMEMBERED = 16  # latest errors, for the line that says why nobody could be joined
 NO_RESPONDERS = "503"  # the server's status where nobody listens
 
 
 class Bus:
     """One connection to NATS. Create with `connect`, end with `close`."""
 
-    def __init__(self, client: Client, *, max_handlers: int) -> None:
+    def __init__(self, client: Client, *, inbox: str, max_handlers: int) -> None:
         self._client = client
         self._max_handlers = max_handlers
         self._handlers: set[asyncio.Task[None]] = set()
-        self._inbox = f"_INBOX.{uuid.uuid4().hex}"
+        self._inbox = f"{inbox}.{uuid.uuid4().hex}"
         self._numbers = count()
         self._open: dict[str, asyncio.Future[Msg]] = {}  # questions, by number; each has a deadline
         self.bad_messages = 0  # read by each service's metrics
+        self.refused = 0  # subjects that this service's user may not use
         self.reconnects = 0  # each time, what others published meanwhile may be lost
 
     @classmethod
-    async def connect(cls, url: str, name: str, *, max_handlers: int = 4096) -> "Bus":
-        """Raises SettingsError when no server answers within CONNECT_S: at start that is a configuration matter."""
-        client = Client()
-        bus = cls(client, max_handlers=max_handlers)
+    async def open(cls, settings: CommonSettings, name: str) -> "Bus":
+        """As a service's settings say. Raises SettingsError."""
+        account = Account(user=settings.nats_user, password=settings.nats_password, tls=settings.tls)
+        return await cls.connect(settings.nats_url, name, account)
+
+    @classmethod
+    async def connect(cls, url: str, name: str, account: Account | None = None, *, max_handlers: int = 4096) -> "Bus":
+        """Raises SettingsError when no server takes us within CONNECT_S: at start that is a configuration matter."""
+        servers, user, options = login(url, account or Account())
+        client = NatsClient(must_encrypt=any(server.startswith("tls://") for server in servers))
+        bus = cls(client, inbox=inbox(user), max_handlers=max_handlers)
+        said: deque[str] = deque(maxlen=REMEMBERED)
 
         async def on_error(error: Exception) -> None:
+            said.append(str(error) or type(error).__name__)
+            if "permissions violation" in said[-1].lower():
+                bus.refused += 1
             log.warning("bus: %s: %s", type(error).__name__, error)
 
         async def on_disconnect() -> None:
@@ -68,8 +84,9 @@ class Bus:
         try:
             async with asyncio.timeout(CONNECT_S):
                 await client.connect(
-                    url.split(","),
+                    servers,
                     name=name,
+                    **options,
                     error_cb=on_error,
                     disconnected_cb=on_disconnect,
                     reconnected_cb=on_reconnect,
@@ -81,7 +98,8 @@ class Bus:
                 )
                 await client.subscribe(f"{bus._inbox}.*", cb=bus._on_answer)
         except (OSError, TimeoutError, nats.errors.Error) as error:
-            raise SettingsError(f"setting 'nats_url': no NATS server answers: {type(error).__name__}") from error
+            await client.close()
+            raise SettingsError(not_joined(servers, said)) from error
         return bus
 
     @property
@@ -152,7 +170,9 @@ class Bus:
 
     async def flush(self) -> None:
         """Until the server has seen everything sent so far, e.g. that a subscription is in place."""
-        await self._client.flush(timeout=5)
+        # nats-py writes its PING before what it has in its buffer; that goes out while the first PONG is awaited.
+        for _ in range(2):
+            await self._client.flush(timeout=5)
 
     async def close(self) -> None:
         """Cancel running handlers and disconnect."""

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 from redis.asyncio import Redis
 
+from shared.tls import NO_TLS, Tls
+
 KEY_TTL_S = 3600
 ANNOUNCE_S = 2400.0  # each node announces all it holds this often
 NUMBER_TTL_S = 7200
@@ -33,9 +35,9 @@ def number_name(cluster: str, number: int) -> str:
     return f"baton:{cluster}:number:{number}"
 
 
-def open_redis(url: str) -> Redis:
+def open_redis(url: str, tls: Tls = NO_TLS) -> Redis:
     """Answers come within TIMEOUT_S or raise redis.exceptions.RedisError; nothing connects yet."""
-    return Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    return Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, **tls.redis_options(url))
 
 
 def has_bit(bitmap: bytes, number: int) -> bool:

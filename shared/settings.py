@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from shared.errors import SettingsError
+from shared.tls import Tls
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -28,14 +29,23 @@ class CommonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     cluster: Name = "baton"
     id: Name = msgspec.field(default_factory=lambda: socket.gethostname().partition(".")[0])  # unique in the cluster
-    nats_url: str = "nats://127.0.0.1:4222"
-    redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path
+    nats_url: str = "nats://127.0.0.1:4222"  # several servers: separated by commas; tls://… where TLS must be
+    nats_user: str = ""  # the service's role where each has its own, see shared/bus_users.py
+    nats_password: str = ""
+    redis_url: str = "redis://127.0.0.1:6379/0"  # or unix:///path, or rediss://… for TLS
+    tls_ca: str = ""  # PEM file: who may sign the certificates of NATS, Redis and other stores; empty: the system's
+    tls_cert: str = ""  # PEM file: this service's own, shown to them; with tls_key
+    tls_key: str = ""
     probe_host: str = "127.0.0.1"  # /health /ready /metrics of this service
     probe_port: Port = 0
     log_format: Annotated[str, msgspec.Meta(pattern="^(human|json)$")] = "human"
     log_level: Annotated[str, msgspec.Meta(pattern="^(debug|info|warning|error)$")] = "info"
     drain_s: Positive = 30.0  # how long running requests may go on after SIGTERM
     telemetry: Switch = "on"  # off: no spans, and nothing counted for each token
+
+    @property
+    def tls(self) -> Tls:
+        return Tls(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,7 +87,9 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     served_model_name: str = ""  # default: the folder's name, or the id
     host: str = "127.0.0.1"
     port: Port = 8000
-    share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on its probe port, too
+    https_cert: str = ""  # PEM file, shown to clients; with https_key. Empty: plain HTTP
+    https_key: str = ""
+    share_port: bool = False  # with other gateways; then /ready and /metrics of this one are on probe_port, too
     arrangement: Annotated[str, msgspec.Meta(pattern="^(auto|split|unsplit)$")] = "auto"
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] = 256  # auto, before speeds are known
     placement: Annotated[str, msgspec.Meta(pattern="^(predicted|least_loaded)$")] = "predicted"
@@ -155,7 +167,7 @@ SERVICES: dict[str, type[CommonSettings]] = {
     "kv": KvSettings,
 }
 SECRETS = frozenset({"nats_url", "redis_url"})  # may hold passwords
-PASSWORDS = frozenset({"tenant_secret", "peer_secret"})  # are nothing else
+PASSWORDS = frozenset({"nats_password", "peer_secret", "tenant_secret"})  # are nothing else
 PREFIX = "BATON_"
 CONFIG_KEY = "BATON_CONFIG"
 # Read by the launcher, not by a service.

@@ -62,6 +62,20 @@ def trace(c: str, gateway_id: str) -> str:
     return f"{c}.trace.{gateway_id}"
 
 
+def selftest(c: str, work: str, worker: str) -> str:
+    """Where a worker that starts sends a job to itself: it may send none to others. `work`: prefill or decode."""
+    return f"{c}.selftest.{work}.{worker}"
+
+
+def selftest_gateway(test: str) -> str:
+    """As a gateway's id: two tokens of a subject, so that the workers' users may hear it and no gateway's."""
+    return f"selftest.{test}"
+
+
+def selftests(c: str) -> tuple[str, str]:
+    return selftest(c, "*", "*"), gateway(c, selftest_gateway("*"))
+
+
 def everything(c: str) -> str:
     """All traffic of a cluster, for `baton tap`."""
     return f"{c}.>"

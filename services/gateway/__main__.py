@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 import uuid
@@ -34,7 +35,9 @@ from shared.bus_metrics import BusMetrics
 from shared.errors import SettingsError
 from shared.loop_lag import LoopLag
 from shared.probes import Probes, listen
+from shared.redis_login import check_login
 from shared.settings import GatewaySettings
+from shared.tls import load_pair
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def main() -> int:
     try:
         settings = configuration.load(GatewaySettings)
         check_exposure(settings)
+        check_https(settings)
         telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         log.info("settings %s", configuration.shown(settings))
@@ -81,6 +85,13 @@ def check_exposure(settings: GatewaySettings) -> None:
         )
 
 
+def check_https(settings: GatewaySettings) -> None:
+    """Raises SettingsError for files that cannot be used."""
+    if settings.https_cert or settings.https_key:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        load_pair(context, settings.https_cert, settings.https_key, names=("https_cert", "https_key"))
+
+
 async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> None:
     """Until SIGTERM or SIGINT. Raises SettingsError."""
     stop = asyncio.Event()
@@ -93,12 +104,13 @@ async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> 
     bound_sends(listener)
     try:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, settings.model, settings.revision)
-        bus = await Bus.connect(settings.nats_url, f"gateway-{settings.id}")
+        bus = await Bus.open(settings, f"gateway-{settings.id}")
     except SettingsError:
         listener.close()
         raise
     try:
-        async with open_redis(settings.redis_url) as redis, Chores() as chores:
+        async with open_redis(settings.redis_url, tls=settings.tls) as redis, Chores() as chores:
+            await check_login(redis)
             gateway = Gateway(
                 settings,
                 model,
@@ -120,7 +132,7 @@ async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> 
 async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
     settings = gateway.settings
     server = make_server(gateway)
-    url = f"http://{settings.host}:{listener.getsockname()[1]}"
+    url = f"{'https' if settings.https_cert else 'http'}://{settings.host}:{listener.getsockname()[1]}"
     async with _probes(gateway, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
         watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{probe_url}/metrics"))
         if settings.share_port:

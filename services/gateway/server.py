@@ -36,6 +36,8 @@ def make_server(gateway: Gateway) -> uvicorn.Server:
         lifespan="off",
         server_header=False,
         timeout_graceful_shutdown=1,
+        ssl_certfile=settings.https_cert or None,
+        ssl_keyfile=settings.https_key or None,
     )
     server = uvicorn.Server(config)
     traffic.watch(lambda: len(server.server_state.connections))

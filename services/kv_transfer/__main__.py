@@ -34,6 +34,7 @@ from shared.loop_lag import LoopLag
 from shared.prefix_index import open_redis
 from shared.probes import Probes
 from shared.process_metrics import watch_process
+from shared.redis_login import check_login
 from shared.settings import KvSettings
 from shared.span_sender import SpanSender
 
@@ -73,10 +74,11 @@ async def serve(settings: KvSettings) -> None:
         probes = Probes(registry, lambda: "stopping" if stop.is_set() else None)
         await probes.start(settings.probe_host, settings.probe_port)
         stack.push_async_callback(probes.close)
-        bus = await Bus.connect(settings.nats_url, settings.id)
+        bus = await Bus.open(settings, settings.id)
         stack.push_async_callback(bus.close)
-        redis = open_redis(settings.redis_url)
+        redis = open_redis(settings.redis_url, settings.tls)
         stack.push_async_callback(redis.aclose)
+        await check_login(redis)
         index = IndexWriter(
             redis,
             cluster=settings.cluster,

@@ -1,7 +1,7 @@
 """NATS and Redis for one machine: where their programs are, how they are configured, and when they answer.
 
-NATS listens on loopback and asks for a token, Redis only on a unix socket in the private run folder, so that other
-users of the machine cannot join.
+NATS listens on loopback and asks each role for its password, Redis only on a unix socket in the private run folder, so
+that other users of the machine cannot join.
 """
 
 import asyncio
@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from services.launcher.machine import LOOPBACK
-from services.launcher.plan import Plan
+from services.launcher.plan import Plan, password
 from services.launcher.refusal import Refusal
+from shared.bus_users import authorization
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 RETRY_S = 0.05
@@ -40,7 +41,7 @@ def write_nats_config(plan: Plan) -> None:
     config.touch(mode=0o600)
     config.write_text(
         f'host: "{LOOPBACK}"\nport: {plan.nats_port}\nmax_payload: {MAX_PAYLOAD_BYTES}\n'
-        f'authorization {{ token: "{plan.place.token}" }}\n'
+        + authorization(plan.cluster, lambda user: f'"{password(plan.place, user)}"')
     )
 
 

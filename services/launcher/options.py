@@ -22,7 +22,7 @@ USUAL_KEYS = "usual"  # --keys without a value
 OWN_KEYS = frozenset(
     {
         *("cluster", "id", "node", "nats_url", "redis_url", "probe_host", "probe_port", "share_port", "kv_socket"),
-        *("peer_secret", "peer_host", "peer_port", "peer_address"),
+        *("nats_user", "nats_password", "peer_secret", "peer_host", "peer_port", "peer_address"),
     }
 )
 MOST_GATEWAYS = 64

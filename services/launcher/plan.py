@@ -1,5 +1,6 @@
 """From options and machine to the list of processes. Pure: nothing is started, read or written here."""
 
+import hmac
 import ipaddress
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from services.launcher.machine import GIB, LOOPBACK, Machine
 from services.launcher.model import WIDEST_VALUE_BYTES, Model
 from services.launcher.options import UpOptions
 from services.launcher.refusal import Refusal
+from shared.bus_users import OPERATOR
 from shared.settings import SERVICES, CommonSettings, load, to_environ
 from shared.worker.sim.arguments import resolve
 
@@ -42,7 +44,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
     run_folder: str
     ports: tuple[int, ...]
-    token: str  # who knows it may join the bus
+    token: str  # from it come the passwords of the bus; who knows it may do anything there
     peer_secret: str = ""  # the stores of several nodes show each other that they know it
     redis_folder: str = ""  # where Redis keeps what it holds; empty: it keeps nothing
 
@@ -81,7 +83,7 @@ class Rooms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ports_needed(options: UpOptions) -> int:
-    own = options.gateways if options.gateways > 1 else 0  # one alone is asked where everybody asks it
+    own = options.gateways if _own_probes(options) else 0
     stores = options.nodes * (2 if options.nodes > 1 else 1)  # probes, and one to listen to each other
     return 1 + stores + options.prefill + options.decode + own  # NATS, kv_transfer, workers, gateways
 
@@ -111,7 +113,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
     given = {
         **options.given,
         "cluster": f"baton-{options.port}",
-        "nats_url": f"nats://{place.token}@{LOOPBACK}:{nats_port}",
+        "nats_url": f"nats://{LOOPBACK}:{nats_port}",
         "redis_url": f"unix://{redis_socket}",
         "probe_host": LOOPBACK,
         "model": model.path,
@@ -127,7 +129,7 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         "arena_gib": round(rooms.arena / GIB, 4),
         "kv_gib": round(rooms.kv / GIB, 4),
     }
-    address = f"http://{_reachable(options.host)}:{options.port}"
+    address = f"{'https' if options.given.get('https_cert') else 'http'}://{_reachable(options.host)}:{options.port}"
     services = [
         *_stores(given, programs, place, kv_ports, peer_ports),
         *_workers(
@@ -143,11 +145,21 @@ def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs,
         arrangement=options.arrangement,
         shm_dir=options.shm_dir,
         place=place,
-        nats_url=given["nats_url"],
+        nats_url=f"nats://{OPERATOR}:{password(place, OPERATOR)}@{LOOPBACK}:{nats_port}",
         nats_port=nats_port,
         redis_socket=redis_socket,
-        processes=(*_brokers(programs, place, redis_socket), *services),
+        processes=(*_brokers(programs, place, redis_socket), *(_with_login(process, place) for process in services)),
     )
+
+
+def password(place: Place, user: str) -> str:
+    """Of a user of this cluster's NATS."""
+    return hmac.new(place.token.encode(), user.encode(), "sha256").hexdigest()
+
+
+def _with_login(process: Process, place: Place) -> Process:
+    login = {"nats_user": process.role, "nats_password": password(place, process.role)}
+    return msgspec.structs.replace(process, settings={**process.settings, **login})
 
 
 def resolved(process: Process) -> CommonSettings:
@@ -234,10 +246,15 @@ def _workers(
 def _gateways(
     options: UpOptions, given: Mapping[str, Any], programs: Programs, address: str, ports: Sequence[int]
 ) -> list[Process]:
-    if options.gateways == 1:
+    if not _own_probes(options):
         return [_service("gateway", "gateway-0", given, programs, probe_url=address)]
-    shared = {**given, "share_port": True}
+    shared = {**given, "share_port": options.gateways > 1}
     return [_service("gateway", f"gateway-{n}", shared, programs, probe_port=port) for n, port in enumerate(ports)]
+
+
+def _own_probes(options: UpOptions) -> bool:
+    """One gateway alone is asked where everybody asks it, unless its certificate is one that only its clients trust."""
+    return options.gateways > 1 or bool(options.given.get("https_cert"))
 
 
 def core_shares(machine: Machine, workers: int) -> list[str]:

@@ -1,6 +1,6 @@
 """What a launcher leaves on disk so that other commands find its cluster: `<home>/<port>/cluster.json` and logs.
 
-Processes are known by pid and start time, never by name. cluster.json holds the bus token, so only its user reads it.
+Processes are known by pid and start time, never by name. cluster.json holds passwords, so only its user reads it.
 """
 
 import fcntl

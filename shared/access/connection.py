@@ -5,13 +5,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from shared.tls import NO_TLS, Tls
+
 TIMEOUT_S = 1.0
 CONNECTIONS = 8
 
 AWAY = (RedisError, OSError, TimeoutError)
 
 
-def open_redis(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
+def open_redis(url: str, *, timeout_s: float = TIMEOUT_S, tls: Tls = NO_TLS) -> Redis:
     """Answers come within a few times `timeout_s`, or raise one of AWAY; nothing connects yet."""
     pool = BlockingConnectionPool.from_url(
         url,
@@ -20,5 +22,6 @@ def open_redis(url: str, *, timeout_s: float = TIMEOUT_S) -> Redis:
         socket_timeout=timeout_s,
         socket_connect_timeout=timeout_s,
         retry=Retry(NoBackoff(), 0),
+        **tls.redis_options(url),
     )
     return Redis.from_pool(pool)

@@ -42,6 +42,7 @@ from shared.worker.gateways import Gateways
 from shared.worker.gpu import watch_gpus
 from shared.worker.jobs import Jobs
 from shared.worker.metrics import WorkerMetrics
+from shared.worker.neighbours import Neighbours
 from shared.worker.prefill import PrefillHandler
 from shared.worker.pulling import Pulling
 from shared.worker.selftest import complete_once
@@ -101,9 +102,11 @@ class Worker:
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
             stack.push_async_callback(probes.close)
-            bus = await Bus.connect(settings.nats_url, settings.id)
+            bus = await Bus.open(settings, settings.id)
             stack.push_async_callback(bus.close)
+            neighbours = await Neighbours.listen(bus, settings.cluster)
             engine = await self._start_engine(stack)
+            await neighbours.check(served_name(settings.model, settings.served_model_name))
             kv = KvClient(settings.kv_socket, session=self._incarnation, worker=settings.id, on_unhealthy=self._fail)
             batches = Batches(
                 bus,
@@ -196,6 +199,10 @@ class Worker:
             prefill = PrefillHandler(context, settings.prefill_jobs + settings.max_waiting)
             await bus.serve(subjects.decode(cluster, settings.id), decode)
             await bus.serve(subjects.prefill(cluster, settings.id), prefill)
+            tests = [
+                await bus.serve(subjects.selftest(cluster, "decode", settings.id), decode),
+                await bus.serve(subjects.selftest(cluster, "prefill", settings.id), prefill),
+            ]
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)
             await serve_metrics(bus, cluster, self._role, settings.id, self._metrics.registry)
@@ -207,6 +214,8 @@ class Worker:
             except BatonError as error:
                 self._fail(f"the self-test failed: {error.message}")
             else:
+                for test in tests:
+                    await test.unsubscribe()
                 context.forget_speeds()
                 gc.collect()
                 gc.freeze()  # what is here now stays: engine, tables, tokenizer; later collections pass it by

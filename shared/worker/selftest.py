@@ -35,14 +35,14 @@ async def _prefill(bus: Bus, cluster: str, worker: str, tokens: bytes) -> None:
         node="",
         timeout_s=TIMEOUT_S,
     )
-    reply = await bus.request(subjects.prefill(cluster, worker), job, wire.PrefillDone, timeout_s=TIMEOUT_S)
+    reply = await bus.request(subjects.selftest(cluster, "prefill", worker), job, wire.PrefillDone, timeout_s=TIMEOUT_S)
     if isinstance(reply, wire.Busy):
         raise EngineFailed(f"the worker refused its own test: {reply.reason}")
 
 
 async def _decode(bus: Bus, cluster: str, worker: str, tokens: bytes) -> None:
     """The tokens come back over the bus to a gateway that exists only here."""
-    gateway = f"selftest-{uuid.uuid4().hex}"
+    gateway = subjects.selftest_gateway(uuid.uuid4().hex)
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def on_batch(message: wire.AnyMessage) -> None:
@@ -66,7 +66,7 @@ async def _decode(bus: Bus, cluster: str, worker: str, tokens: bytes) -> None:
         timeout_s=TIMEOUT_S,
     )
     try:
-        reply = await bus.request(subjects.decode(cluster, worker), job, wire.Accepted, timeout_s=TIMEOUT_S)
+        reply = await bus.request(subjects.selftest(cluster, "decode", worker), job, wire.Accepted, timeout_s=TIMEOUT_S)
         if isinstance(reply, wire.Busy):
             raise EngineFailed(f"the worker refused its own test: {reply.reason}")
         async with asyncio.timeout(TIMEOUT_S):

@@ -290,7 +290,7 @@ def test_chat_logs_config_and_tap(baton: Launches) -> None:
     config = baton.run("config").stdout
     assert "lease_s: 120.0" in config
     assert record_of(baton).nats_url not in config
-    assert "nats_url: '***'" in config
+    assert "nats_password: '***'" in config
 
     seen = baton.run("tap", "beat.>", "--count", "2").stdout.splitlines()
     assert len(seen) == 2
@@ -306,4 +306,4 @@ def test_config_without_a_cluster_shows_what_up_would_do(baton: Launches) -> Non
     assert done.returncode == 0
     assert "decode-1:" in done.stdout
     assert "dtype: float32" in done.stdout
-    assert "nats_url: '***'" in done.stdout
+    assert "nats_password: '***'" in done.stdout

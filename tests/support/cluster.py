@@ -146,6 +146,8 @@ def running_cluster(home: Path, *options: str, port: int | None = None, **env: s
         assert not run_folder.exists(), "sockets left behind"
         left = [name for name in semaphores if (SHM / name).exists()]
         assert not left, f"semaphores left behind: {left}"
+        for log in (home / str(port) / "logs").glob("*.log"):
+            assert "Permissions Violation" not in log.read_text(), f"{log.stem} did what shared/bus_users.py forbids"
     finally:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):

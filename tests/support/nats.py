@@ -21,15 +21,17 @@ def binary() -> str:
 
 
 @contextmanager
-def nats_server(folder: Path, port: int = -1) -> Iterator[str]:
-    """Yields its url. `folder` must be empty; it is made where there is none. `port` -1: any."""
+def nats_server(folder: Path, port: int = -1, more: str = "", environ: dict[str, str] | None = None) -> Iterator[str]:
+    """Yields its url. `folder` must be empty; it is made where there is none. `port` -1: any. `more`: of its
+    configuration, which may name variables of `environ`."""
     folder.mkdir(exist_ok=True)
     config = folder / "nats.conf"
-    config.write_text(f'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n')
+    config.write_text(f'listen: "127.0.0.1:{port}"\nmax_payload: 8MB\n{more}')
     process = subprocess.Popen(
         [binary(), "-c", str(config), "--ports_file_dir", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env=environ,
     )
     try:
         yield _url(folder, process)

@@ -103,7 +103,7 @@ def main() -> int:
 
 async def _beat(role: str, settings: CommonSettings, stopped: threading.Event) -> None:
     """Heartbeats as the real ones send them, until stopped."""
-    client = await nats.connect(settings.nats_url)
+    client = await nats.connect(settings.nats_url, user=settings.nats_user, password=settings.nats_password)
     takes = [role] if role in ("prefill", "decode") else []
     beat = wire.encode(wire.Heartbeat(role=role, id=settings.id, incarnation="1", takes=takes))
     while not stopped.is_set():

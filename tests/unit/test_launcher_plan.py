@@ -77,7 +77,9 @@ def test_every_service_reads_the_settings_that_were_planned() -> None:
     assert (worker["lease_s"], worker["engine_args"]) == (60.0, {"dtype": "float32", "enforce_eager": True})
     assert worker["kv_socket"] == kv["kv_socket"] == "/run/x/node-0.sock"
     assert gateway["redis_url"] == worker["redis_url"] == kv["redis_url"] == "unix:///run/x/redis.sock"
-    assert gateway["nats_url"] == "nats://secret@127.0.0.1:20000"
+    assert gateway["nats_url"] == "nats://127.0.0.1:20000"
+    assert [one["nats_user"] for one in (gateway, worker, kv)] == ["gateway", "decode", "kv"]
+    assert len({made.nats_url, *(one["nats_password"] for one in (gateway, worker, kv))}) == 4
     assert gateway["served_model_name"] == worker["served_model_name"] == "small"
 
 
@@ -93,8 +95,20 @@ def test_only_a_cluster_that_wants_keys_keeps_what_redis_holds() -> None:
     assert "--maxmemory-policy volatile-ttl" in command
 
 
-def test_no_command_line_holds_the_token() -> None:
-    assert "secret" not in str([process.command for process in make().processes])
+def test_no_command_line_holds_a_password() -> None:
+    made = make()
+    commands = str([process.command for process in made.processes])
+    assert "secret" not in commands
+    for process in made.processes:
+        assert process.settings.get("nats_password", "secret") not in commands
+
+
+def test_a_gateway_with_a_certificate_is_asked_elsewhere() -> None:
+    made = make(UpOptions(given={"https_cert": "/c", "https_key": "/k"}))
+    assert made.address == "https://127.0.0.1:8000"
+    gateway = one(made, "gateway-0")
+    assert gateway.probe_url == f"http://127.0.0.1:{gateway.settings['probe_port']}"
+    assert gateway.settings["share_port"] is False
 
 
 def test_a_setting_that_a_service_would_refuse_is_refused_before_anything_starts() -> None:

@@ -79,7 +79,7 @@ class Access:
         if not settings.keys:
             return cls()
         figures = Figures(registry)
-        redis = open_redis(settings.redis_url)
+        redis = open_redis(settings.redis_url, tls=settings.tls)
         gateways = Gateways()
         shared = SharedBuckets(redis, settings.cluster)
         parts = Parts(
