@@ -55,9 +55,9 @@ RUN pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels . \
 FROM base AS service
 # The folders are where volumes are mounted: a new volume takes their owner.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin baton \
-    && for name in gateway prefill decode kv nats redis; do mkdir -p "/run/secrets/baton/$name"; done \
+    && for name in baton gateway prefill decode kv nats redis; do mkdir -p -m 0700 "/run/secrets/$name"; done \
     && mkdir -p /run/baton /data && chmod 0700 /run/baton /data \
-    && chown -R baton:baton /run/baton /run/secrets/baton /data
+    && chown -R baton:baton /run/baton /run/secrets/* /data
 COPY models/demo /models/baton-demo
 ENV PATH=/opt/venv/bin:/opt/baton/bin:$PATH PYTHONPATH=/opt/baton HOME=/tmp \
     BATON_MODEL=/models/baton-demo \

@@ -132,9 +132,9 @@ def test_prometheus_has_the_metrics_of_every_service_and_the_rules(cluster: Comp
     url = f"http://127.0.0.1:{cluster.prometheus_port}/api/v1"
 
     def services() -> set[str]:
-        with contextlib.suppress(httpx.TransportError):
-            found = httpx.get(f"{url}/query", params={"query": "group by (service) (baton_tasks)"}).json()
-            return {one["metric"]["service"] for one in found["data"]["result"]}
+        with contextlib.suppress(httpx.HTTPError):  # it has not begun to answer yet
+            answer = httpx.get(f"{url}/query", params={"query": "group by (service) (baton_tasks)"}).raise_for_status()
+            return {one["metric"]["service"] for one in answer.json()["data"]["result"]}
         return set()
 
     cluster("--profile=observability", "up", "--detach", "--no-recreate", "--no-build", "prometheus")
