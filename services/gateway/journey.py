@@ -16,7 +16,7 @@ from opentelemetry import trace
 from services.gateway import genai
 from services.gateway.access.access import Bill, Wanted
 from services.gateway.access.client import ANONYMOUS
-from services.gateway.admission import admit, fit
+from services.gateway.admission import admit, fit, fit_text
 from services.gateway.answer import Answer, answer
 from services.gateway.edge import pieces, reading
 from services.gateway.edge.render import Form, Prompt, Usage
@@ -190,13 +190,17 @@ class Journey:
 
     async def _prompts(self, body: Body) -> dict[str, Prompt]:
         """Every prompt as token ids, by the parameter that an error would name."""
-        tokenizer = self._gateway.tokenizer
+        tokenizer, context = self._gateway.tokenizer, self._gateway.fleet.max_model_len
         if isinstance(body, ChatBody):
+            characters = sum(len(message.text()) for message in body.messages)
+            fit_text(characters, tokenizer.longest, context, param="messages")
             return {"messages": Prompt(tokens=await tokenizer.chat(body.messages))}
         if not isinstance(body, CompletionBody):
             raise TypeError(f"no prompt in a {type(body).__name__}")
         prompts = {}
         for param, given in body.prompts():
+            if isinstance(given, str):
+                fit_text(len(given), tokenizer.longest, context, param=param)
             tokens = await tokenizer.text(given) if isinstance(given, str) else given
             if not tokens:
                 raise reading.empty(param)
