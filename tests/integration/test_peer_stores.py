@@ -229,7 +229,6 @@ async def test_unlike_engines_exchange_nothing(tmp_path: Path) -> None:
 
 async def test_a_node_that_nobody_knows_or_reaches(tmp_path: Path) -> None:
     async with two_nodes(tmp_path) as (p, d):
-        p.peers.directory = p.peers.pushes._directory
         keys = keys_of("a", 2)
         await d.want("d", keys)
         with pytest.raises(KvLost, match="no store of nowhere"):
