@@ -1,8 +1,8 @@
 """Do the tiers scale apart? Throughput against the workers of one tier, the other one fixed, on the sim engine.
 
 Prefill is offered long prompts and decode long outputs, in a closed loop of so many clients for each worker. What is
-counted comes from the cluster itself, between two looks at its counters while the loop runs. Beside it: the CPU that each
-kind of process took, which says what the limit is once it is not the tier.
+counted comes from the cluster itself, between two looks at its counters while the loop runs. Beside it: the CPU that
+each kind of process took, which says what the limit is once it is not the tier.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WARM_S = 6.0
 PATIENT = {"ttft_s": 600, "itl_s": 10}
 SETTINGS = {
     "admission": "off",  # nothing is refused: the tier is meant to be full
-    "targets": json.dumps({tier: PATIENT for tier in ("priority", "default", "flex")}),
+    "targets": json.dumps(dict.fromkeys(("priority", "default", "flex"), PATIENT)),
     "queue_s": "600",
     "drain_s": "2",
 }
@@ -153,7 +153,7 @@ def _counted(tier: str, services: Sequence[Mapping[str, str]]) -> Iterator[float
     for service in services:
         if service["role"] == role:
             page = httpx.get(service["metrics_url"], trust_env=False).text
-            yield sum(sample.value for sample in parsed(page) if sample.name == name)
+            yield sum(value for found, _, value in parsed(page) if found == name)
 
 
 def _cpu_s(pid: int) -> float:
@@ -174,7 +174,7 @@ def _until_full(cluster: Started, warm_s: float) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             page = client.get(f"{cluster.url}/metrics").text
-            if any(sample.name == "baton_active_requests" and sample.value > 0 for sample in parsed(page)):
+            if any(name == "baton_active_requests" and value > 0 for name, _, value in parsed(page)):
                 break
             time.sleep(0.2)
     time.sleep(warm_s)
