@@ -7,7 +7,7 @@ from collections.abc import Callable
 from loadtest import report
 from loadtest.cluster import compare, fairness, handoff, model, overload, scale, soak
 from loadtest.load import run
-from loadtest.micro import eviction, gateway, kv, placement
+from loadtest.micro import connectors, eviction, gateway, kv, placement
 from loadtest.profiling import profile
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "handoff": (handoff.add_arguments, handoff.run, "from the end of prefill to decode's first step, against memcpy"),
     "gateway": (gateway.add_arguments, gateway.run, "the token path by itself, next to servers without an engine"),
     "kv": (kv.add_arguments, kv.run, "the KV plane of one node by itself, next to plain memcpy and raw sockets"),
+    "connectors": (connectors.add_arguments, connectors.run, "engine to engine: vLLM's NixlConnector beside ours"),
     "eviction": (eviction.add_arguments, eviction.run, "a recorded trace through the store, in several orders"),
     "placement": (placement.add_arguments, placement.run, "what choosing the workers of one request costs"),
     "overload": (overload.add_arguments, overload.run, "0.5 to 4 times its capacity, with admission and without"),

@@ -111,6 +111,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
     prices: Prices = Prices()  # e.g. {"prefill": 2.5, "decode": 2.5}; what tokens cost is worked out from them
+    request_log: Switch = "on"  # one line for each request, when it has ended
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of requests whose trace is kept whatever happens,
     traces_per_s: Positive = 50.0  # no more than so many; as many failed, slow and retried ones are kept beside them
     max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower

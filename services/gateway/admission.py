@@ -17,6 +17,7 @@ HEADROOM = 0.95  # of the tier's target is promised: predictions miss by a few p
 EMPTY = 1.5  # times its own prediction on an empty cluster: a target that anything may ask for
 LEAST_RETRY_S = 1.0
 MOST_RETRY_S = 60.0  # the official client waits no longer than that
+UNSHRUNK = 2  # a tokeniser's normaliser may make a text shorter before it is cut into tokens
 MOST_RATIO = 4.0  # of measured to predicted: a hiccup must not shut the door
 
 
@@ -146,6 +147,12 @@ def fit(prompt: int, asked: int | None, context: int, *, prompt_param: str, limi
     if prompt + asked > context:
         raise _too_long(context, f"{prompt} in the prompt and {asked} for the completion were asked for", limit_param)
     return asked
+
+
+def fit_text(characters: int, longest: int, context: int, *, param: str) -> None:
+    """Before it is tokenised. `longest`: characters of a token, at most. Raises ContextLengthExceeded."""
+    if context and characters > UNSHRUNK * longest * context:
+        raise _too_long(context, f"the prompt has {characters} characters", param)
 
 
 def _too_long(context: int, words: str, param: str) -> BatonError:

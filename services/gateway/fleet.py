@@ -30,6 +30,8 @@ QUIET_S = 5 * BEAT_S  # a gateway that has said nothing for so long has no line
 EXPECTED_OUTPUT = 128.0  # tokens of an answer, before any has ended
 OUTPUT_WEIGHT = 0.05  # of the newest answer
 
+MAX_NODES = 1024
+
 OnLoss = Callable[[], None]
 
 
@@ -70,6 +72,7 @@ class Fleet:
         self.max_model_len = 0  # the smallest that a worker has announced
         self.expected_output = EXPECTED_OUTPUT
         self._pools = Pools()
+        self._links: dict[str, float] = {}  # node -> seconds for a token's KV from another node
         self._unread: set[str] = set()  # workers whose candidate is not up to date
         self._lines: dict[str, tuple[float, wire.Backlog]] = {}  # of other gateways: when heard
         self._speeds: dict[float, tuple[float, Speeds]] = {}  # by ITL target: when worked out
@@ -85,6 +88,7 @@ class Fleet:
             for worker in beat.lost:
                 self._deaf_until[worker] = now + DEAF_S
                 self.lose(worker)
+            self._hear_link(beat)
             return
         if beat.role == "gateway":
             if beat.id != self._gateway:
@@ -104,6 +108,12 @@ class Fleet:
             known = self._workers[beat.id] = _Worker(beat, now)
         self._refresh(known, beat, now)
         self._changed()
+
+    def _hear_link(self, beat: wire.Heartbeat) -> None:
+        """The best of all that were measured: one that was measured in a bad moment must be tried again."""
+        if beat.peer_bytes_per_s and beat.block_size and (beat.node in self._links or len(self._links) < MAX_NODES):
+            self._links[beat.node] = beat.block_bytes / beat.block_size / beat.peer_bytes_per_s
+            self._pools.link_token_s = min(self._links.values())
 
     def report(self, worker: str, backlog: wire.Backlog, now: float) -> bool:
         """A reply or batch tells the load more freshly than the last beat. Returns whether it says something new."""

@@ -17,6 +17,7 @@ from random import Random
 
 AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
 AT_FIRST = 8  # prompts for a worker whose speed is not known
+LAST_SHARE = 0.25  # of a prompt, at least, is sent when all of it is computed: its last chunk
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
 LOOK_FOR = 8  # asked whether they may, where another way is open
 TIE = 0.1  # predictions this close, as a share, say the same;
@@ -90,6 +91,7 @@ class Pools:
         self._all: dict[str, Candidate] = {}
         self._open: dict[str, _Pool] = {"prefill": _Pool(), "decode": _Pool()}
         self._can_split: bool | None = None  # not known since the last change
+        self.link_token_s = 0.0  # for a token's KV from node to node; 0: not known
         for candidate in candidates:
             self.put(candidate)
 
@@ -239,7 +241,7 @@ class _Choice:
             """Without the hand-off: one that was measured in a bad moment would never be asked, nor measured, again."""
             if not self._can_decode(one) or not _fit(prefill, one):
                 return inf
-            return max(prefill_s, one.sequence_s)
+            return max(prefill_s, one.sequence_s) + self._way_s(prefill, one)
 
         decode = _best(self._look(self.pools.with_room("decode"), begins_s), self.random)
         if decode is None:
@@ -251,6 +253,14 @@ class _Choice:
             reason=reason,
             predicted_ttft_s=ttft_s if prefill.token_s else None,
         )
+
+    def _way_s(self, prefill: Candidate, decode: Candidate) -> float:
+        """What is left of the way between two nodes when the prompt is computed: blocks go while it is."""
+        token_s = self.pools.link_token_s
+        if not token_s or prefill.node == decode.node:
+            return 0.0
+        way_s = token_s * (self.wish.tokens - self.wish.hits.get(decode.node, 0))
+        return max(way_s * LAST_SHARE, way_s - self._prompt_s(prefill))
 
     def _look(
         self, pool: Sequence[Candidate], ttft_s: Callable[[Candidate], float], most: int | None = None

@@ -51,6 +51,11 @@ def states(frame) -> dict[str, str]:
     return {row["id"]: row["state"] for row in frame["services"]}
 
 
+async def ticked(feed) -> None:
+    await feed.report(time.monotonic())
+    feed.tick(time.monotonic())
+
+
 async def ask(running, **more):
     return await running.client.completions.create(model=MODEL, prompt=[7, 8, 9], max_tokens=4, **more)
 
@@ -138,7 +143,7 @@ async def test_kv_bytes_come_with_the_stores_beats(cluster):
                 role="kv", id="kv-0", incarnation="1", slots={"free": 2}, moved_bytes={"local": moved}
             )
             feed.hear(beat, time.monotonic())
-            await feed.tick(time.monotonic())
+            await ticked(feed)
         frame = await frame_where(stream, lambda frame: frame["minute"]["moved"])
         assert frame["minute"]["moved"] == {"local": 4000}
 
@@ -215,14 +220,14 @@ async def test_a_slow_viewer_misses_frames_and_gets_the_newest(cluster):
         await anext(viewer)
         for _ in range(3):
             await ask(running)
-            await feed.tick(time.monotonic())
+            await ticked(feed)
         assert b'"ended":3.0' in await anext(viewer)
         await viewer.aclose()
 
 
 async def test_no_frame_is_made_for_nobody(cluster):
     async with cluster.gateway() as running:
-        await running.gateway.dashboard.tick(time.monotonic())
+        await ticked(running.gateway.dashboard)
         assert running.gateway.dashboard._frame == b""
 
 
@@ -235,3 +240,15 @@ async def test_a_gateway_that_drains_lets_its_viewers_go(cluster):
                 async for _ in stream:
                     pass
         assert (await client.get("/dashboard/events")).json()["error"]["code"] == "draining"
+
+
+async def test_traces_are_listed_and_kept_by_no_cache(cluster):
+    async with cluster.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
+        await cluster.add(running, "prefill-0", "decode-0")
+        await ask(running, extra_headers={"x-request-id": "mine"})
+        listed = await client.get("/dashboard/traces?order=slowest&limit=5")
+        (found,) = [trace for trace in listed.json()["traces"] if trace["request_id"] == "mine"]
+        one = await client.get(f"/dashboard/traces/{found['trace_id']}")
+        assert {"gateway.request", "gateway.queue"} <= {span["name"] for span in one.json()["spans"]}
+        assert listed.headers["cache-control"] == one.headers["cache-control"] == "no-store"
+        assert (await client.get("/dashboard/traces/nobody")).status_code == 404

@@ -86,7 +86,7 @@ def test_requests_are_shown_as_they_end(browser, cluster):
         httpx.post(f"{cluster.url}{CHAT}", json=body, headers={"x-request-id": "fails"})
         expect(page.locator(ROWS)).to_contain_text("client error")
         tile = page.locator("#headline > div", has_text="Shed and failed")
-        expect(tile).to_contain_text("of 4 in 15 min")
+        expect(tile).to_contain_text("of 4, 15 min")
         expect(page.locator(".chart", has_text="Time to first token").locator("svg path").first).to_be_attached()
 
 
@@ -162,6 +162,8 @@ def test_it_fits_at_any_width_in_light_and_dark(browser, cluster, width, scheme,
             return int(page.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
         assert overhang() <= 0
+        inside = "parts => parts.every(part => part.scrollWidth <= part.clientWidth)"
+        assert page.eval_on_selector_all(".group", inside)
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         page.locator(ROWS).first.click()
         page.locator("#trace .span").first.click()

@@ -13,6 +13,7 @@ from services.gateway.admission import (
     empty_s,
     feasible,
     fit,
+    fit_text,
     target_s,
     wait_s,
 )
@@ -173,3 +174,11 @@ def test_fit(prompt, asked, context, outcome):
         with pytest.raises(ContextLengthExceeded) as refused:
             ask()
         assert refused.value.param == outcome
+
+
+def test_a_text_that_no_tokens_could_hold_is_not_tokenised():
+    fit_text(2 * 16 * 100, 16, 100, param="prompt")
+    fit_text(10**9, 16, 0, param="prompt")  # no worker has said yet
+    with pytest.raises(ContextLengthExceeded, match="100 tokens; the prompt has 3201 characters") as refused:
+        fit_text(2 * 16 * 100 + 1, 16, 100, param="messages")
+    assert refused.value.param == "messages"

@@ -57,6 +57,14 @@ def test_a_store_reports_a_closed_socket(fleet, told):
     assert ids(fleet) == ["w"]
 
 
+def test_stores_tell_how_fast_the_way_between_nodes_is(fleet):
+    assert fleet.pools().link_token_s == 0.0
+    for node, bytes_per_s in (("a", 0.0), ("b", 1e6), ("c", 4e6)):
+        values = {"node": node, "block_size": 16, "block_bytes": 16_000, "peer_bytes_per_s": bytes_per_s}
+        fleet.hear(beat(f"kv-{node}", role="kv", **values), 1.0)
+    assert fleet.pools().link_token_s == pytest.approx(1000 / 4e6)
+
+
 def test_a_new_incarnation_means_that_the_old_one_died(fleet, told):
     fleet.hear(beat(incarnation="2"), 0.1)
     assert told == ["w"]

@@ -103,6 +103,39 @@ async def test_the_same_is_refused(name):
     assert (large.value.code, large.value.param) == (whole.value.code, whole.value.param)
 
 
+MANY = {
+    "parameters": (
+        CompletionBody,
+        b'{"model":"m","prompt":"x",' + b",".join(b'"k%d":1' % n for n in range(5000)) + b"}",
+    ),
+    "repetitions": (CompletionBody, b'{"model":"m","prompt":"x",' + b",".join([b'"a":1'] * 200_000) + b"}"),
+    "bytes beside": (CompletionBody, encoded({"model": "m", "prompt": "x", "stop": "x" * 200_000})),
+    "prompts": (CompletionBody, encoded({"model": "m", "prompt": ["x"] * 50_000})),
+    "messages": (
+        ChatBody,
+        encoded({"model": "m", "messages": CHAT[:1] * 9 + [{"role": "user", "content": ""}] * 9000}),
+    ),
+    "parts": (ChatBody, encoded({"model": "m", "messages": [{"role": "user", "content": LONG + LONG}]})),
+}
+REFUSED = {
+    "parameters": ("the body has too many parameters", None),
+    "repetitions": ("the parameters beside 'prompt' have more than 131072 bytes", None),
+    "bytes beside": ("stop: larger than 131072 bytes", "stop"),
+    "prompts": ("prompt: at most 32 in one request", "prompt"),
+    "messages": ("messages: at most 8192 in one request", "messages"),
+    "parts": ("messages[0].content: at most 8192 in one request", "messages[0].content"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+async def test_too_many_are_refused_before_they_are_objects(name):
+    kind, data = MANY[name]
+    assert len(data) > pieces.PIECE_BYTES
+    with pytest.raises(BatonError) as refused:
+        pieces._read_large(kind, data, **LIMITS)
+    assert (refused.value.message, refused.value.param) == REFUSED[name]
+
+
 class Counting(ThreadPoolExecutor):
     submitted = 0
 

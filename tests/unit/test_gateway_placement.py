@@ -247,3 +247,42 @@ def test_whoever_is_chosen_can_do_it(candidates, arrangement, strategy, whole, t
         assert prefill.fingerprint == decode.fingerprint or not (prefill.fingerprint and decode.fingerprint)
         assert arrangement != "unsplit"
         assert not whole
+
+
+def on(node: str, id: str, *takes: str, **values) -> Candidate:  # noqa: A002
+    return candidate(id, *takes, node=node, **values)
+
+
+@pytest.mark.parametrize(
+    ("link_token_s", "hits", "way_s"),
+    [
+        (0.0, {}, 0.0),
+        (0.0001, {}, 0.025),  # computing takes 1 s, sending 0.1 s: the last chunk is left
+        (0.002, {}, 1.0),  # sending takes 2 s
+        (0.002, {"b": 1000}, 0.0),  # is there already
+    ],
+)
+def test_a_pair_on_two_nodes_pays_for_the_way(link_token_s: float, hits: dict[str, int], way_s: float) -> None:
+    def predicted(decode_node: str) -> float:
+        pools = Pools([on("a", "p", "prefill", **FAST), on(decode_node, "d", "decode")])
+        pools.link_token_s = link_token_s
+        found = place(
+            pools, Wish(tokens=1000, hits=hits), Rules(arrangement="split"), avoid=(), random=Random(0), now=NOW
+        )
+        assert found is not None
+        assert found.predicted_ttft_s is not None
+        return found.predicted_ttft_s
+
+    assert predicted("b") - predicted("a") == pytest.approx(way_s)
+
+
+def test_the_decode_worker_of_prefills_own_node_is_nearer() -> None:
+    workers = [on("a", "p", "prefill", **FAST), *(on(node, f"d-{node}", "decode", load=0.1) for node in "abc")]
+    for link_token_s, chosen in ((0.002, {"d-a"}), (0.0, {"d-a", "d-b", "d-c"})):
+        pools = Pools(workers)
+        pools.link_token_s = link_token_s
+        found = {
+            place(pools, Wish(tokens=1000), Rules(arrangement="split"), avoid=(), random=Random(seed), now=NOW).decode
+            for seed in range(30)
+        }
+        assert found == chosen

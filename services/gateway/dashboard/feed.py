@@ -27,6 +27,8 @@ from shared.version import VERSION
 
 TICK_S = 1.0
 NEW_S = 3.0  # a gateway that has run for less has counted nothing that is not news
+GATHER_S = 0.2  # for what the others report in the same moment
+MIDDLE_S = 0.4  # of a figured second: what is gathered falls into it, too
 STALL_S = 10.0  # without a tick: the viewer is let go
 MAX_VIEWERS = 64
 RETRY_AFTER_S = 5.0
@@ -53,6 +55,7 @@ class Feed:
         self._price_per_hour = price_per_hour
         self._incarnation = uuid.uuid4().hex
         self._began = self._ticked_at = time.monotonic()
+        self._offset_s = 0.0
         self._figures = Figures(self._began)
         self._attendance = Attendance(model, lambda worker: fleet.beats(worker) > 0)
         self._viewers = 0
@@ -76,32 +79,41 @@ class Feed:
         """Of other gateways; this one's own counts do not go round by the bus."""
         if isinstance(message, wire.Traffic) and message.gateway != self._settings.id:
             new = message.up_s < NEW_S
-            self._figures.hear(message.gateway, message.incarnation, message.counts, time.monotonic(), new=new)
+            self._figures.hear(
+                message.gateway, message.incarnation, message.counts, self._figured(time.monotonic()), new=new
+            )
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. All gateways report with the wall clock's second, so that a frame soon has what all say."""
         while True:
-            await self.tick(time.monotonic())
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(TICK_S - time.time() % TICK_S)
+            await self.report(time.monotonic())
+            await asyncio.sleep(GATHER_S)
+            self.tick(time.monotonic())
 
-    async def tick(self, now: float) -> None:
+    async def report(self, now: float) -> None:
+        """Count what has happened here, and tell the others."""
         own = counts.read(self._metrics.registry, self._metrics.tokens)
-        self._figures.hear(self._settings.id, self._incarnation, own, now, new=True)
-        self._attendance.look(now)
-        for store in self._attendance.alive("kv", now):
-            self._figures.hear(store.id, store.incarnation, {counts.MOVED: store.moved_bytes}, now)
-        spent = self._price_per_hour() * (now - self._ticked_at) / 3600
-        self._ticked_at = now
-        self._figures.level(now, spent=spent, **self._load(now))
-        if self._viewers:
-            self._show(now)
-        tick, self._tick = self._tick, asyncio.Event()
-        tick.set()
+        self._offset_s = MIDDLE_S - now % TICK_S
+        self._figures.hear(self._settings.id, self._incarnation, own, self._figured(now), new=True)
         report = wire.Traffic(
             gateway=self._settings.id, incarnation=self._incarnation, up_s=now - self._began, counts=own
         )
         with contextlib.suppress(BusUnavailable):  # the next one says it all
             await self._bus.publish(subjects.traffic(self._settings.cluster, self._settings.id), report)
+
+    def tick(self, now: float) -> None:
+        """See who is there, and make the frame if anybody watches."""
+        self._attendance.look(now)
+        for store in self._attendance.alive("kv", now):
+            self._figures.hear(store.id, store.incarnation, {counts.MOVED: store.moved_bytes}, self._figured(now))
+        spent = self._price_per_hour() * (now - self._ticked_at) / 3600
+        self._ticked_at = now
+        self._figures.level(self._figured(now), spent=spent, **self._load(now))
+        if self._viewers:
+            self._show(now)
+        tick, self._tick = self._tick, asyncio.Event()
+        tick.set()
 
     # ---- who watches ---------------------------------------------------------------------------------------
 
@@ -139,10 +151,15 @@ class Feed:
     # ---- inside --------------------------------------------------------------------------------------------
 
     def _show(self, now: float) -> None:
-        if (number := self._figures.number(now)) != self._history_number:
+        figured = self._figured(now)
+        if (number := self._figures.number(figured)) != self._history_number:
             self._history_number = number
-            self._history = _event("history", self._figures.history(now))
-        self._frame = _event("now", self._state(now) | self._figures.now(now))
+            self._history = _event("history", self._figures.history(figured))
+        self._frame = _event("now", self._state(now) | self._figures.now(figured))
+
+    def _figured(self, now: float) -> float:
+        """The time that figures go by: reports come in the middle of its seconds, never now in one, now in the next."""
+        return now + self._offset_s
 
     def _state(self, now: float) -> dict[str, Any]:
         targets = msgspec.to_builtins(self._settings.targets)

@@ -1,10 +1,13 @@
 """Large bodies, checked piece by piece in a thread: the parser keeps the interpreter to itself while it works.
 
-One call for 4 MB of small values would stop every stream for 50 to 350 ms. Invariants: what passes here is what
-reading.py lets pass whole, and is refused for the same reasons; between two pieces the event loop gets its turn.
+One call for 4 MB of small values would stop every stream for 50 to 350 ms. So what is not looked at is skipped and
+never made an object (10 ns a byte of small values, 0.2 of text), and how many items there may be is bounded.
+Invariants: what passes here is what reading.py lets pass whole, and is refused for the same reasons; between two pieces
+the event loop gets its turn.
 """
 
 import asyncio
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -19,13 +22,24 @@ B = TypeVar("B", bound=Body)
 
 WHOLE_BYTES = 64 * 1024  # bodies up to here are checked on the loop: 1 ms at most
 PIECE_BYTES = 16 * 1024  # of messages or ids at once, about 1 ms; one long text is one piece, and quick
-MAX_FIELD_BYTES = 128 * 1024  # of any other parameter: these are not cut
+MAX_REST_BYTES = 128 * 1024  # of all other parameters: these are not cut
 MAX_FIELDS = 1000
+MAX_ITEMS = 8192  # messages, or parts of one; no smaller body has so many
 
 _MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(FailFast[Message])
 _PARTS: TypeAdapter[list[TextPart]] = TypeAdapter(FailFast[TextPart])
 _IDS: TypeAdapter[list[int]] = TypeAdapter(FailFast[Annotated[TokenId, Field(strict=True)]])
 _TEXTS: TypeAdapter[list[str]] = TypeAdapter(FailFast[Annotated[str, Field(strict=True)]])
+_NOTHING = msgspec.Raw()
+
+
+def _known(kind: type[Body]) -> type[msgspec.Struct]:
+    """Its parameters as they came; unknown ones are skipped."""
+    names = {field.alias or name for name, field in kind.model_fields.items()} | reading.UNSUPPORTED.keys()
+    return msgspec.defstruct(f"Raw{kind.__name__}", [(name, msgspec.Raw, _NOTHING) for name in sorted(names)])
+
+
+_KNOWN: dict[type[Body], type[msgspec.Struct]] = {kind: _known(kind) for kind in (ChatBody, CompletionBody)}
 _LONG: dict[type[Body], tuple[str, bytes]] = {  # the parameter that is cut, and what stands for it meanwhile
     ChatBody: ("messages", b'[{"role":"user","content":""}]'),
     CompletionBody: ("prompt", b"[0]"),
@@ -40,10 +54,11 @@ async def read(kind: type[B], data: bytes, *, model: str, max_n: int, max_prompt
 
 
 def _read_large(kind: type[B], data: bytes, *, model: str, max_n: int, max_prompts: int) -> B:
-    fields = _decode(data, dict[str, msgspec.Raw])
     name, stand_in = _LONG[kind]
-    long = memoryview(fields.get(name, b""))
-    _check_sizes({key: memoryview(raw) for key, raw in fields.items() if key != name})
+    known = msgspec.structs.asdict(_decode(data, _KNOWN[kind]))
+    long = memoryview(known.pop(name))
+    _check_rest(data, long, name, known)
+    fields = _decode(data, dict[str, msgspec.Raw])
     cut = _opens(long) == b"[" or (name == "prompt" and _opens(long) == b'"')
     if cut:
         fields[name] = msgspec.Raw(stand_in)
@@ -68,18 +83,22 @@ def _opens(raw: memoryview) -> bytes:
     return bytes(raw[:1])
 
 
-def _check_sizes(fields: dict[str, memoryview]) -> None:
-    if len(fields) > MAX_FIELDS:
+def _check_rest(data: bytes, long: memoryview, name: str, known: dict[str, msgspec.Raw]) -> None:
+    """Before any of it is made an object; a parameter that was given twice is among the rest."""
+    for other, raw in known.items():
+        if memoryview(raw).nbytes > MAX_REST_BYTES:
+            raise InvalidRequest(f"{other}: larger than {MAX_REST_BYTES} bytes", param=other)
+    if len(data) - long.nbytes > MAX_REST_BYTES:
+        raise InvalidRequest(f"the parameters beside {name!r} have more than {MAX_REST_BYTES} bytes")
+    commas = data.count(b",") - bytes(long).count(b",")
+    if commas > MAX_FIELDS and len(_decode(data, dict[str, msgspec.Raw])) > MAX_FIELDS:
         raise InvalidRequest("the body has too many parameters")
-    for name, raw in fields.items():
-        if raw.nbytes > MAX_FIELD_BYTES:
-            shown = reading.shown(name)
-            raise InvalidRequest(f"{shown}: larger than {MAX_FIELD_BYTES} bytes", param=shown)
 
 
 def _messages(raw: memoryview) -> list[Message]:
     messages: list[Message] = []
-    for piece in _pieces(_items(raw)):
+    items = _items(raw, MAX_ITEMS)
+    for piece in _pieces(items):
         try:
             if len(piece) == 1 and piece[0].nbytes > PIECE_BYTES:
                 messages.append(_long_message(piece[0], len(messages)))
@@ -87,6 +106,7 @@ def _messages(raw: memoryview) -> list[Message]:
                 messages += _MESSAGES.validate_json(_joined(piece))
         except ValidationError as error:
             raise reading.first(error, "messages", len(messages)) from None
+    _check_count(items, MAX_ITEMS, "messages")
     if not messages:
         raise reading.empty("messages")
     return messages
@@ -102,17 +122,36 @@ def _long_message(raw: memoryview, index: int) -> Message:
         return _MESSAGES.validate_json(_joined([raw]))[0]
     message = _MESSAGES.validate_json(_joined([msgspec.json.encode(fields | {"content": ""})]))[0]
     parts: list[TextPart] = []
-    for piece in _pieces(_items(content)):
+    items = _items(content, MAX_ITEMS)
+    for piece in _pieces(items):
         try:
             parts += _PARTS.validate_json(_joined(piece))
         except ValidationError as error:
             raise reading.first(error, f"messages[{index}].content", len(parts)) from None
+    _check_count(items, MAX_ITEMS, f"messages[{index}].content")
     message.content = parts
     return message
 
 
-def _items(raw: memoryview) -> list[memoryview]:
-    return [memoryview(item) for item in _decode(raw, list[msgspec.Raw])]
+def _items(raw: memoryview, most: int) -> list[memoryview]:
+    """One more than `most`, at most; the others are skipped."""
+    found = msgspec.structs.astuple(_decode(raw, _first_items(most + 1)))
+    return [view for item in found if (view := memoryview(item)).nbytes]
+
+
+def _check_count(items: list[memoryview], most: int, param: str) -> None:
+    if len(items) > most:
+        raise InvalidRequest(f"{param}: at most {most} in one request", param=param)
+
+
+@functools.cache
+def _first_items(count: int) -> type[msgspec.Struct]:
+    """A list of which so many are made objects, at most."""
+    fields = [(f"item{number}", msgspec.Raw, _NOTHING) for number in range(count)]
+    return msgspec.defstruct(f"First{count}", fields, array_like=True, gc=False)
+
+
+_first_items(MAX_ITEMS + 1)  # 40 ms, once: not while streams wait
 
 
 def _joined(items: list[memoryview] | list[bytes]) -> bytes:
@@ -139,9 +178,8 @@ def _prompt(raw: memoryview, max_prompts: int) -> str | list[int] | list[str] | 
     first = bytes(raw[:64])[1:].lstrip()[:1]
     if first not in (b'"', b"["):
         return _ids(raw, "prompt")
-    items = _items(raw)
-    if len(items) > max_prompts:
-        raise reading.too_many_prompts(max_prompts)
+    items = _items(raw, max_prompts)
+    _check_count(items, max_prompts, "prompt")
     if first == b'"':
         return _texts(items)
     return [_ids(item, f"prompt[{index}]") for index, item in enumerate(items)]

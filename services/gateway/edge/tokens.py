@@ -43,6 +43,7 @@ class ChatTokenizer:
         except jinja2.TemplateError as error:
             raise SettingsError(f"setting 'model': its chat template does not compile: {error}") from error
         self.vocabulary = vocabulary
+        self.longest = max(map(len, tokenizer.get_vocab()), default=1)  # characters of a token
 
     @classmethod
     def load(cls, model: str, revision: str = "") -> "ChatTokenizer":

@@ -8,6 +8,7 @@ call takes longer than `limit_s` without failing, also against a peer that was s
 import contextlib
 import errno
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -28,13 +29,20 @@ def plain(sock: socket.socket, _accepted: bool) -> socket.socket:
 class Channel:
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         """`limit_s`: how long the peer may take no byte, or not complete what it has begun to send."""
-        self._sock = sock
         self._limit_s = limit_s
         tune(sock, limit_s)
+        self._use(sock)
 
     def secure(self, secure: Secure, *, accepted: bool) -> None:
         """Before anything is said. Raises OSError."""
-        self._sock = secure(self._sock, accepted)
+        self._use(secure(self._sock, accepted))
+
+    def _use(self, sock: socket.socket) -> None:
+        self._sock = sock
+        # A TLS socket takes neither flags nor several parts at once.
+        self._is_plain = not isinstance(sock, ssl.SSLSocket)
+        self._receive_flags = socket.MSG_WAITALL if self._is_plain else 0
+        self._now_flags = socket.MSG_DONTWAIT if self._is_plain else 0
 
     def receive(self, view: memoryview | bytearray, *, fresh: bool = False) -> None:
         """Fill it. Raises BadFrame, OSError, or EOFError where the peer may close: at a `fresh` frame."""
@@ -43,7 +51,7 @@ class Channel:
         until = time.monotonic() + self._limit_s
         while got < wanted:
             try:
-                count = self._sock.recv_into(view[got:], wanted - got, socket.MSG_WAITALL)
+                count = self._sock.recv_into(view[got:], wanted - got, self._receive_flags)
             except OSError as error:
                 raise _judged(error) from error
             if count == 0:
@@ -54,22 +62,29 @@ class Channel:
             if got < wanted and time.monotonic() > until:
                 raise BadFrame(STALLED)
 
-    def send(self, data: bytes | memoryview, *, more: bool = False) -> None:
-        """All of it. `more`: what follows belongs into the same packet. Raises BadFrame or OSError."""
-        view, flags = memoryview(data), socket.MSG_MORE if more else 0
+    def send(self, *parts: bytes | memoryview) -> None:
+        """All of them, in as few calls as may be. Raises BadFrame or OSError."""
+        left = [memoryview(part) for part in parts if len(part)]
         until = time.monotonic() + self._limit_s
-        while view:
+        while left:
             try:
-                view = view[self._sock.send(view, flags) :]
+                count = self._sock.sendmsg(left) if self._is_plain else self._sock.send(left[0])
             except OSError as error:
                 raise _judged(error) from error
-            if view and time.monotonic() > until:
-                raise BadFrame(STALLED)
+            sent = 0
+            while sent < len(left) and count >= len(left[sent]):
+                count -= len(left[sent])
+                sent += 1
+            del left[:sent]
+            if left:
+                left[0] = left[0][count:]
+                if time.monotonic() > until:
+                    raise BadFrame(STALLED)
 
     def send_now(self, data: bytes) -> None:
         """From a thread that must not wait: a peer that has left no room for a few bytes does not read any more."""
         try:
-            sent = self._sock.send(data, socket.MSG_DONTWAIT)
+            sent = self._sock.send(data, self._now_flags)
         except OSError as error:
             raise _judged(error) from error
         if sent < len(data):

@@ -31,6 +31,9 @@ from services.kv_transfer.peers.transport import Block, SourceEar
 
 log = logging.getLogger(__name__)
 
+RUN_BYTES = 512 * 1024
+RUN_BLOCKS = 64
+
 Dial = Callable[[], tuple[Channel, Seeds]]  # may raise Bad, EOFError or OSError
 
 
@@ -113,37 +116,48 @@ class TcpOutgoing:
             work = self._next(pinged + self._ping_s)
             if work is None:
                 return
-            if isinstance(work, Block):
-                channel.send(packer.block(work.transfer, work.position, len(work.data), work.checksum), more=True)
-                channel.send(work.data)
+            if isinstance(work, list):
+                parts: list[bytes | memoryview] = []
+                for block in work:
+                    parts += (packer.block(block.transfer, block.position, len(block.data), block.checksum), block.data)
+                channel.send(*parts)
                 with self._ready:
-                    self._has_sent(work)
+                    for block in work:
+                        self._has_sent(block)
             else:
                 channel.send(packer.control(work))
             if time.monotonic() >= pinged + self._ping_s:
                 pinged = time.monotonic()
                 channel.send(packer.control(Ping()))
 
-    def _next(self, until: float) -> Block | FromSource | None:
+    def _next(self, until: float) -> list[Block] | FromSource | None:
         """What is to be sent now; a Ping when nothing has come until then; None at the end."""
         with self._ready:
             while not self._is_over:
                 if self._controls:
                     return self._controls.popleft()
                 if self._turns:
-                    transfer = self._turns.popleft()
-                    queue = self._queues[transfer]
-                    block = queue.popleft()
-                    if queue:
-                        self._turns.append(transfer)
-                    else:
-                        del self._queues[transfer]
-                    return block
+                    return self._take_turns()
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     return Ping()
                 self._ready.wait(left_s)
         return None
+
+    def _take_turns(self) -> list[Block]:
+        """With the lock: one block, or as many small ones as are worth a call."""
+        taken: list[Block] = []
+        size = 0
+        while self._turns and len(taken) < RUN_BLOCKS and size < RUN_BYTES:
+            transfer = self._turns.popleft()
+            queue = self._queues[transfer]
+            taken.append(queue.popleft())
+            size += len(taken[-1].data)
+            if queue:
+                self._turns.append(transfer)
+            else:
+                del self._queues[transfer]
+        return taken
 
     def _has_sent(self, block: Block) -> None:
         """With the lock."""

@@ -9,8 +9,8 @@ const perSecond = (format) => (value) => (format(value) === NOTHING ? NOTHING : 
 
 // key of the history, title, lines, format, options
 const COURSES = [
-  ["ttft_ms", "Time to first token", PERCENTILES, ms],
-  ["itl_ms", "Between tokens", PERCENTILES, ms],
+  ["ttft_ms", "Time to first token (TTFT)", PERCENTILES, ms],
+  ["itl_ms", "Between tokens (ITL)", PERCENTILES, ms],
   ["requests", "Requests", [{ name: "ok", class: "c1" }, { name: "shed", class: "c4" }, { name: "error", class: "c3" }], perSecond(number)],
   ["tokens", "Tokens", [{ name: "completion", class: "c1" }, { name: "prompt", class: "c2" }], perSecond(number)],
   ["shares", "Goodput and prefix hits", [{ name: "goodput", class: "c1" }, { name: "hits", class: "c2", dash: true }], share, { top: 1 }],
@@ -33,12 +33,12 @@ export class Overview {
     const tiles = [
       ["Requests", perSecond(number)(rates.requests), `${number(ended(quarter))} in 15 min`],
       ["Tokens out", perSecond(number)(rates.completion_tokens), `${number(rates.prompt_tokens)}/s prompt`],
-      ["First token", ms(minute.ttft_ms.p50), `p50, p99 ${ms(minute.ttft_ms.p99)}`],
-      ["Between tokens", ms(minute.itl_ms.p50), `p50, p99 ${ms(minute.itl_ms.p99)}`],
+      ["TTFT p50", ms(minute.ttft_ms.p50), `p99 ${ms(minute.ttft_ms.p99)}`],
+      ["ITL p50", ms(minute.itl_ms.p50), `p99 ${ms(minute.itl_ms.p99)}`],
       ["Within targets", share(minute.goodput), `${share(quarter.goodput)} in 15 min`],
       ["In flight", number(frame.active), `${number(frame.queued)} wait in line`],
       ["Prefix hits", share(minute.hits), `${share(quarter.hits)} in 15 min`],
-      ["Shed and failed", number(failed(quarter)), `of ${number(ended(quarter))} in 15 min`],
+      ["Shed and failed", number(failed(quarter)), `of ${number(ended(quarter))}, 15 min`],
     ];
     if (frame.price_per_hour) {
       const amount = money(frame.currency);

@@ -6,7 +6,7 @@ import { openTrace } from "./trace.js";
 
 const LIMIT = 50;
 const SEARCHED = 300; // of the last ones, for those that failed
-const AGAIN_MS = 1000;
+const AGAIN_MS = 700;
 
 export class Requests {
   constructor() {
@@ -28,13 +28,15 @@ export class Requests {
   now({ ended, traces }) {
     this.on = traces;
     if (!traces) $("#no-requests").textContent = "Traces are off: telemetry is switched off in this gateway's settings.";
-    if (ended === this.seen || this.asking || document.hidden) return;
+    if (ended === this.seen || document.hidden) return;
     this.seen = ended;
     this.load();
-    setTimeout(() => this.load(), AGAIN_MS); // spans of other services come a moment later
+    clearTimeout(this.later);
+    this.later = setTimeout(() => this.load(), AGAIN_MS); // spans of other services come a moment later
   }
 
   async load() {
+    if (this.asking) { this.again = true; return; }
     this.asking = true;
     try {
       const order = this.order, failed = order === "failed";
@@ -44,6 +46,7 @@ export class Requests {
       this.seen = null; // the stream says what is wrong; ask again with its next frame
     } finally {
       this.asking = false;
+      if (this.again) { this.again = false; this.load(); }
     }
   }
 
