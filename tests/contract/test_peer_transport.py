@@ -104,7 +104,6 @@ async def test_nothing_lands_in_memory_that_has_another_owner(pair: Pair) -> Non
     pair.target.is_held = False
     pair.link.send([block_of(0, 0)])
     await pair.source.until(lambda: len(pair.source.done) == 1)
-    pair.target.is_held = True
     pair.link.offer(offer_of(1, 1))  # behind it on the same way
     await pair.target.until(lambda: len(pair.target.offers) == 2)
     assert not pair.target.blocks
