@@ -188,6 +188,8 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
         if key not in everyone:
             raise SettingsError(f"unknown setting {key!r}: known are {', '.join(sorted(known))}")
     mine = {key: value for key, value in values.items() if key in known}
+    if isinstance(mine.get("node"), str):
+        mine["node"] = mine["node"].replace(".", "-")  # Kubernetes' have dots, which would divide a subject
     for field in msgspec.structs.fields(cls):
         if field.name in mine:
             mine[field.name] = _convert(field.name, mine[field.name], field.type)
