@@ -55,7 +55,9 @@ RUN pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels . \
 FROM base AS service
 # The folders are where volumes are mounted: a new volume takes their owner.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin baton \
-    && mkdir -p -m 0700 /run/baton /run/secrets/baton /data && chown baton:baton /run/baton /run/secrets/baton /data
+    && for name in baton gateway prefill decode kv nats redis; do mkdir -p -m 0700 "/run/secrets/$name"; done \
+    && mkdir -p /run/baton /data && chmod 0700 /run/baton /data \
+    && chown -R baton:baton /run/baton /run/secrets/* /data
 COPY models/demo /models/baton-demo
 ENV PATH=/opt/venv/bin:/opt/baton/bin:$PATH PYTHONPATH=/opt/baton HOME=/tmp \
     BATON_MODEL=/models/baton-demo \
@@ -71,8 +73,6 @@ COPY --from=baton /opt/baton /opt/baton
 FROM service-slim AS gateway
 ENV BATON_HOST=0.0.0.0 BATON_PORT=8000
 EXPOSE 8000
-HEALTHCHECK --interval=5s --timeout=4s --start-period=5m --retries=3 \
-    CMD python -I -S /opt/baton/services/launcher/container_health.py "$BATON_PORT"
 CMD ["python", "-m", "services.gateway"]
 
 FROM service-slim AS kv-transfer
@@ -88,8 +88,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends libnuma1 && 
 USER 10001:10001
 COPY --from=packages-cpu /opt/venv /opt/venv
 COPY --from=baton /opt/baton /opt/baton
-# torch.compile needs a compiler, which is not in here, and gains little on CPUs.
-ENV BATON_ENGINE_ARGS='{"enforce_eager": true}' VLLM_NO_USAGE_STATS=1
+ENV VLLM_NO_USAGE_STATS=1
 CMD ["python", "-m", "services.decode_worker"]
 
 # The one image with a compiler: Triton, and so vLLM on a GPU, compiles the launchers of its kernels when it starts.

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 
 from loadtest import report
-from loadtest.cluster import compare, fairness, handoff, model, overload, soak
+from loadtest.cluster import compare, fairness, handoff, model, overload, scale, soak
 from loadtest.load import run
-from loadtest.micro import eviction, gateway, kv, placement
+from loadtest.micro import connectors, eviction, gateway, kv, placement
 from loadtest.profiling import profile
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
@@ -17,10 +17,12 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "handoff": (handoff.add_arguments, handoff.run, "from the end of prefill to decode's first step, against memcpy"),
     "gateway": (gateway.add_arguments, gateway.run, "the token path by itself, next to servers without an engine"),
     "kv": (kv.add_arguments, kv.run, "the KV plane of one node by itself, next to plain memcpy and raw sockets"),
+    "connectors": (connectors.add_arguments, connectors.run, "engine to engine: vLLM's NixlConnector beside ours"),
     "eviction": (eviction.add_arguments, eviction.run, "a recorded trace through the store, in several orders"),
     "placement": (placement.add_arguments, placement.run, "what choosing the workers of one request costs"),
     "overload": (overload.add_arguments, overload.run, "0.5 to 4 times its capacity, with admission and without"),
     "fairness": (fairness.add_arguments, fairness.run, "what one tenant's flood costs another one's first token"),
+    "scale": (scale.add_arguments, scale.run, "throughput against the workers of one tier, the other one fixed"),
     "soak": (soak.add_arguments, soak.run, "mixed load for an hour: right texts, flat memory"),
     "model": (model.add_arguments, model.run, "make a random model with a KV cache of a chosen size"),
     "profile": (profile.add_arguments, profile.run, "measure engine step times and fit a profile for the sim engine"),

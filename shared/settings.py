@@ -111,6 +111,7 @@ class GatewaySettings(CommonSettings, frozen=True, kw_only=True):
     progress_s: Positive = 60.0  # a stream without a row for this long is stalled
     handoff_s: Positive = 30.0  # how long decode waits for blocks before it recomputes
     prices: Prices = Prices()  # e.g. {"prefill": 2.5, "decode": 2.5}; what tokens cost is worked out from them
+    request_log: Switch = "on"  # one line for each request, when it has ended
     trace_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0  # of requests whose trace is kept whatever happens,
     traces_per_s: Positive = 50.0  # no more than so many; as many failed, slow and retried ones are kept beside them
     max_connections: Count = 16_384  # of clients; fewer where the limit on open files is lower
@@ -157,6 +158,7 @@ class KvSettings(CommonSettings, frozen=True, kw_only=True):
     peer_host: str = "127.0.0.1"  # where other nodes' stores are listened to
     peer_port: Port = 0
     peer_address: str = ""  # host, or host:port, as other nodes reach it; empty: peer_host
+    peer_tls: Switch = "off"  # on: with tls_ca, tls_cert and tls_key, which every store then needs
     peer_s: Annotated[float, msgspec.Meta(ge=0.1)] = 2.0  # a peer that is silent or takes nothing for so long has gone
 
 
@@ -187,6 +189,8 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
         if key not in everyone:
             raise SettingsError(f"unknown setting {key!r}: known are {', '.join(sorted(known))}")
     mine = {key: value for key, value in values.items() if key in known}
+    if isinstance(mine.get("node"), str):
+        mine["node"] = mine["node"].replace(".", "-")  # Kubernetes' have dots, which would divide a subject
     for field in msgspec.structs.fields(cls):
         if field.name in mine:
             mine[field.name] = _convert(field.name, mine[field.name], field.type)

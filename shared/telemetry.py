@@ -79,6 +79,16 @@ def start_logs(service: str, instance: str, *, log_format: str = "human", level:
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "nats", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # One line for a batch that is lost; none for each try.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+
+
+def log_fields(log: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
+    """A line of named values: members of the JSON object, or key=value. Looks up no caller, so it is cheap."""
+    if log.isEnabledFor(logging.INFO):
+        record = logging.LogRecord(log.name, logging.INFO, "", 0, message, None, None)
+        record.fields = fields
+        log.handle(record)
 
 
 def _trace_id() -> str:
@@ -91,9 +101,18 @@ class _HumanLines(logging.Formatter):
         super().__init__(f"%(asctime)s %(levelname)-7s {instance} %(message)s%(trace)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        trace_id = _trace_id()
-        record.trace = f" [{trace_id}]" if trace_id else ""
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        trace_id = "" if "trace_id" in fields else _trace_id()
+        told = "".join(f" {key}={_word(value)}" for key, value in fields.items())
+        record.trace = told + (f" [{trace_id}]" if trace_id else "")
         return super().format(record)
+
+
+def _word(value: object) -> str:
+    """Of a human line."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}:{one}" for key, one in value.items())
+    return str(value)
 
 
 class _JsonLines(logging.Formatter):
@@ -108,7 +127,8 @@ class _JsonLines(logging.Formatter):
             **self._fixed,
             "message": record.getMessage(),
         }
-        if trace_id := _trace_id():
+        line |= getattr(record, "fields", {})
+        if "trace_id" not in line and (trace_id := _trace_id()):
             line["trace_id"] = trace_id
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

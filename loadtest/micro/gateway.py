@@ -50,8 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--hold", action="store_true", help="start everything, print the addresses and wait for Ctrl-C")
 
+    parser.add_argument(
+        "--telemetry",
+        action="store_true",
+        help="instead: what spans and figures cost, gateways with and without in turns",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.telemetry:
+        from loadtest.micro import telemetry_cost
+
+        return telemetry_cost.run(args, refusal=_refusal(args))
     return bench.command(args, refusal=_refusal(args), work=lambda: _measure(args), table=gateway_table.text)
 
 
@@ -69,7 +79,7 @@ def _refusal(args: argparse.Namespace) -> str | None:
 async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     async with bench.opened() as here:
         here.say("starting NATS, two gateways, their workers and three servers without an engine")
-        path = await _TokenPath.start(here, args)
+        path = await TokenPath.start(here, args)
         if args.hold:
             here.say(f"fast: {path.url(FREE)}, paced: {path.url(PACED)}, pids {path.pids()}")
             await asyncio.Event().wait()
@@ -82,82 +92,84 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         )
 
 
-class _TokenPath:
+class TokenPath:
     """What is measured, and what was found so far. Use `start`."""
 
     def __init__(self, here: bench.Bench, args: argparse.Namespace) -> None:
         self._here = here
         self._args = args
-        self._ports: dict[str, int] = {}
-        self._children: dict[str, Child] = {}
+        self.ports: dict[str, int] = {}
+        self.children: dict[str, Child] = {}
         self._requests = _requests(args)
-        self._seen: dict[tuple[str, str, int], list[Seen]] = {}
+        self.seen: dict[tuple[str, str, int], list[Seen]] = {}
 
     @classmethod
-    async def start(cls, here: bench.Bench, args: argparse.Namespace) -> "_TokenPath":
+    async def start(cls, here: bench.Bench, args: argparse.Namespace) -> "TokenPath":
         path = cls(here, args)
         names = (FREE, PACED, *LIMITS, "paced")
-        path._ports = dict(zip(names, free_ports(len(names)), strict=True))
-        path._children["nats"], nats_url = await here.nats()
+        path.ports = dict(zip(names, free_ports(len(names)), strict=True))
+        path.children["nats"], nats_url = await here.nats()
         # What takes long to start starts together.
         for cluster, step_ms in ((FREE, 0.0), (PACED, args.step_ms)):
-            path._start_cluster(cluster, nats_url, step_ms)
+            path.start_cluster(cluster, nats_url, step_ms)
         for name, options in (*LIMITS.items(), ("paced", ("--token-ms", str(args.step_ms)))):
-            number = f"instant-{len(path._children)}"
-            child = here.python(number, "loadtest.instant", "--port", str(path._ports[name]), *options)
-            path._children[name] = child
+            number = f"instant-{len(path.children)}"
+            child = here.python(number, "loadtest.instant", "--port", str(path.ports[name]), *options)
+            path.children[name] = child
         for cluster in (FREE, PACED):
-            await here.until_probed(path._children[f"gateway {cluster}"], path.url(cluster))
+            await here.until_probed(path.children[f"gateway {cluster}"], path.url(cluster))
         for name in (*LIMITS, "paced"):
-            await here.until(path._children[name], _until_open(path._ports[name]))
+            await here.until(path.children[name], _until_open(path.ports[name]))
         return path
 
-    def _start_cluster(self, cluster: str, nats_url: str, step_ms: float) -> None:
+    def start_cluster(self, cluster: str, nats_url: str, step_ms: float, **more: Any) -> None:
+        """`more`: settings of its gateway."""
         settings = {
+            **more,
             "cluster": cluster,
             "id": "gateway-0",
             "nats_url": nats_url,
             "model": str(self._args.model),
-            "port": self._ports[cluster],
+            "port": self.ports[cluster],
             "arrangement": "split",
         }
         child = self._here.python(f"gateway-{cluster}", "services.gateway", settings=settings)
-        self._children[f"gateway {cluster}"] = child
+        self.children[f"gateway {cluster}"] = child
         folder = self._here.folder / cluster
         folder.mkdir()
         for role in ("prefill", "decode"):
             arguments = (cluster, role, f"{role}-0", nats_url, str(folder), str(step_ms))
             child = self._here.python(f"{role}-{cluster}", "loadtest.micro.stub_worker", *arguments)
-            self._children[f"{role} {cluster}"] = child
+            self.children[f"{role} {cluster}"] = child
 
     def url(self, name: str) -> str:
-        return f"http://{LOOPBACK}:{self._ports[name]}"
+        return f"http://{LOOPBACK}:{self.ports[name]}"
 
     def pids(self) -> dict[str, int]:
-        return {name: child.pid for name, child in self._children.items()}
+        return {name: child.pid for name, child in self.children.items()}
 
     async def round(self, number: int) -> None:
         args = self._args
         for concurrency in args.concurrency:
             self._here.say(f"round {number} of {args.rounds}: {concurrency} at once")
             for api in APIS:
-                await self._point(FREE, api, concurrency, args.seconds)
+                await self.point(FREE, api, concurrency, args.seconds)
             for name in LIMITS:
-                await self._point(name, "completions", concurrency, args.seconds)
+                await self.point(name, "completions", concurrency, args.seconds)
         for streams in args.streams:
             self._here.say(f"round {number} of {args.rounds}: {streams} streams, a token every {args.step_ms:g} ms")
             for name in (PACED, "paced"):
-                await self._point(name, "completions", streams, args.seconds * PACED_FACTOR)
+                await self.point(name, "completions", streams, args.seconds * PACED_FACTOR)
 
-    async def _point(self, name: str, api: str, concurrency: int, seconds: float) -> None:
+    async def point(self, name: str, api: str, concurrency: int, seconds: float) -> None:
         self._here.check()
-        if name not in (FREE, PACED):
-            watched = {"server": self._children[name]}
+        if f"gateway {name}" not in self.children:
+            watched = {"server": self.children[name]}
         else:
-            watched = {role: self._children[f"{role} {name}"] for role in ("gateway", "prefill", "decode")}
-            watched["nats"] = self._children["nats"]
+            watched = {role: self.children[f"{role} {name}"] for role in ("gateway", "prefill", "decode")}
+            watched["nats"] = self.children["nats"]
         course = Course(
-            address=(LOOPBACK, self._ports[name]),
+            address=(LOOPBACK, self.ports[name]),
             requests=self._requests[api],
             tokens=self._args.output_tokens,
             concurrency=concurrency,
@@ -169,17 +181,17 @@ class _TokenPath:
             seen = await asyncio.to_thread(drive, course)
         except OSError as error:
             raise bench.Failed(f"{name} does not serve {concurrency} clients: {error}") from error
-        self._seen.setdefault((name, api, concurrency), []).append(seen)
+        self.seen.setdefault((name, api, concurrency), []).append(seen)
 
     def figures(self) -> dict[str, Any]:
-        args, seen = self._args, self._seen
+        args, seen = self._args, self.seen
         free = [
-            {"api": api, "concurrency": count, **_figures(seen[FREE, api, count], args)}
+            {"api": api, "concurrency": count, **figures_of(seen[FREE, api, count], args)}
             for api in APIS
             for count in args.concurrency
         ]
         limits = [
-            {"server": name, "concurrency": count, **_figures(seen[name, "completions", count], args)}
+            {"server": name, "concurrency": count, **figures_of(seen[name, "completions", count], args)}
             for name in LIMITS
             for count in args.concurrency
         ]
@@ -187,7 +199,7 @@ class _TokenPath:
             {
                 "server": "gateway" if name == PACED else "instant",
                 "streams": count,
-                **_figures(seen[name, "completions", count], args, ideal_per_s=1e3 * count / args.step_ms),
+                **figures_of(seen[name, "completions", count], args, ideal_per_s=1e3 * count / args.step_ms),
             }
             for count in args.streams
             for name in (PACED, "paced")
@@ -201,7 +213,7 @@ class _TokenPath:
         return {"free": free, "limits": limits, "paced": paced, "errors": errors}
 
 
-def _figures(rounds: list[Seen], args: argparse.Namespace, ideal_per_s: float = 0.0) -> dict[str, Any]:
+def figures_of(rounds: list[Seen], args: argparse.Namespace, ideal_per_s: float = 0.0) -> dict[str, Any]:
     rows = [_row(seen, args.output_tokens, ideal_per_s) for seen in rounds]
     return {name: bench.figure([row[name] for row in rows]) for name in rows[0]}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loadtest.cluster.stream import percentile
-from loadtest.micro import bench, kv_table, limits
+from loadtest.micro import bench, kv_cuda, kv_table, limits
 from loadtest.micro.kv_engine import Arrived, Connection, Engine, Shape, Times, Use
 from loadtest.micro.kv_peers import PeerPlane, attach
 from loadtest.micro.local_protocol import LocalProtocol
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=_count, default=4, help="in which the source computes a prompt, one commit each"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU's pages and the arena")
     parser.add_argument("--rounds", type=_count, default=5)
     parser.add_argument("--arena-gib", type=float, default=0.5)
     parser.add_argument("--no-index", action="store_true", help="without Redis, which the index is written to")
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device == "cuda":
+        return kv_cuda.run(args)
     return bench.command(args, refusal=_refusal(args), work=lambda: _measure(args), table=kv_table.text)
 
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
+from opentelemetry import trace
 from opentelemetry.context import Context
+from prometheus_client import CollectorRegistry
 
 from loadtest.load.alarm import Pace
-from shared import subjects, wire
+from shared import subjects, telemetry, wire
 from shared.bus import Bus
+from shared.span_sender import SpanSender
 from shared.worker.batches import Batches, Stream
 from shared.worker.engine import EngineDelta
 
@@ -37,6 +40,7 @@ class _Running:
     stream: Stream
     left: int
     given: int = 0
+    span: trace.Span = trace.INVALID_SPAN
 
 
 class StubWorker:
@@ -66,17 +70,22 @@ class StubWorker:
             await bus.serve(subjects.prefill(self._cluster, self._id), self._prefill)
         await bus.serve(subjects.cancel(self._cluster, self._id), self._cancel)
         await bus.serve(subjects.ping(self._cluster, self._id), self._ping)
+        # Spans as a real worker's and its store's: there are none for a gateway without telemetry.
+        spans = SpanSender(self._role, self._id, CollectorRegistry())
+        telemetry.start().others = spans.take
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(spans.run(bus, self._cluster))
             tasks.create_task(self._beat(bus))
             tasks.create_task(self._steps())
 
     # ---- jobs ------------------------------------------------------------------------------------------------
 
-    async def _decode(self, job: wire.AnyMessage, _: Context) -> wire.Message:
+    async def _decode(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
         if not isinstance(job, wire.DecodeJob):
             raise TypeError(f"a decode subject got {type(job).__name__}")
         key, lease = (job.request, job.attempt), f"{self._id}:{job.request}:{job.attempt}"
         running = _Running(self._batches.open(job.gateway, *key), job.sampling.max_tokens)
+        running.span = telemetry.tracer().start_span(telemetry.DECODE_JOB, context=parent)
         if job.prefill:
             self._waiting[lease] = (key, running)
         else:
@@ -85,11 +94,13 @@ class StubWorker:
             request=job.request, attempt=job.attempt, node="node-0", lease=lease, backlog=self._backlog()
         )
 
-    async def _prefill(self, job: wire.AnyMessage, _: Context) -> wire.Message:
+    async def _prefill(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
         if not isinstance(job, wire.PrefillJob):
             raise TypeError(f"a prefill subject got {type(job).__name__}")
         decode = job.lease.partition(":")[0]
-        self._door.sendto(job.lease.encode(), str(self._folder / f"{decode}.door"))
+        with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent):
+            self._door.sendto(job.lease.encode(), str(self._folder / f"{decode}.door"))
+            telemetry.tracer().start_span(telemetry.KV_PUSH).end()
         return wire.PrefillDone(request=job.request, attempt=job.attempt, backlog=self._backlog())
 
     async def _cancel(self, message: wire.AnyMessage, _: Context) -> wire.Message:
@@ -138,10 +149,14 @@ class StubWorker:
         for key, running in list(self._running.items()):
             token, text = TOKENS[running.given % len(TOKENS)]
             running.given += 1
+            if running.given == 1:
+                for name in (telemetry.KV_LOAD, telemetry.DECODE_FIRST_TOKEN):
+                    telemetry.tracer().start_span(name, context=trace.set_span_in_context(running.span)).end()
             if running.given < running.left:
                 running.stream.delta(EngineDelta(choice=0, text=text, tokens=[token]))
                 continue
             del self._running[key]
+            running.span.end()
             finish = wire.Finish(reason="length")
             usage = wire.DecodeUsage(completion_tokens=running.given)
             running.stream.delta(EngineDelta(choice=0, text=text, tokens=[token], finish=finish), usage)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 
-import msgspec
 from opentelemetry import trace
 
 from services.gateway import genai
@@ -21,17 +20,15 @@ from services.gateway.answer import Answer, answer
 from services.gateway.edge import pieces, reading
 from services.gateway.edge.render import Form, Prompt, Usage
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
+from services.gateway.epilogue import Epilogue
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.leg import Leg
-from services.gateway.metrics import outcome
 from services.gateway.receipt import Receipt
 from services.gateway.resume import Load
 from services.gateway.states import ENDS, Course, State
-from services.gateway.traces.sampling import Ending
 from shared import wire
 from shared.errors import BatonError, Cancelled, Internal, Refused, Timeout
-from shared.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +55,8 @@ class Journey:
         self._client = ANONYMOUS  # until the edge knows better
         self._bill: Bill | None = None  # from admission on
         self._legs: list[Leg] = []
+        self._prompt_tokens = 0  # as far as they are known
+        self._usage: Usage | None = None  # in the end
         self._began = time.monotonic()
         self._scope: asyncio.Timeout | None = None
         self._verdict: BatonError | None = None
@@ -108,31 +107,21 @@ class Journey:
                     trace.get_current_span().add_event("shed", {"reason": error.code})
                 if not isinstance(error, Cancelled):
                     await exchange.fail(error)
-        gateway.metrics.ended(error, self._tier, time.monotonic() - self._began)
-        if span is not None:
-            self._tell(span, error)
+        self._epilogue(error).tell(gateway, span)
 
-    def _tell(self, span: Span, error: BatonError | None) -> None:
-        """What became of it, for its trace."""
-        receipt, target = self._exchange.receipt, self._gateway.settings.target(self._tier)
-        ttft_ms = receipt.actual_ttft_ms
-        ending = Ending(
-            outcome=outcome(error),
-            duration_s=time.monotonic() - self._began,
-            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
-            gap_s=max((leg.gap_s for leg in self._legs), default=None),
-            target_ttft_s=target.ttft_s,
-            target_itl_s=target.itl_s,
-            retries=receipt.retries,
-        )
-        self._gateway.traces.ended(
-            span,
-            ending,
-            lambda: msgspec.to_builtins(receipt),
+    def _epilogue(self, error: BatonError | None) -> Epilogue:
+        return Epilogue(
             request_id=self._exchange.request_id,
-            tier=self._tier,
+            response_id=self._response_id(),
             tenant=self._client.tenant,
-            path=receipt.path,
+            tier=self._tier,
+            receipt=self._exchange.receipt,
+            error=error,
+            duration_s=time.monotonic() - self._began,
+            gap_s=max((leg.gap_s for leg in self._legs), default=None),
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=sum(leg.generated for leg in self._legs),
+            usage=self._usage,
         )
 
     async def _travel(self) -> None:
@@ -171,6 +160,7 @@ class Journey:
         exchange.check_stream()
         exchange.watch(gateway.chores, lambda: self.abort(Cancelled("the client left")))
         prompts = await self._prompts(body)
+        self._prompt_tokens = sum(len(prompt.tokens) for prompt in prompts.values())
         named = {param: prompt.tokens for param, prompt in prompts.items()}
         limits = [self._limit(body, tokens, param) for param, tokens in named.items()]
         reading.check_token_ids(body, named, gateway.tokenizer.vocabulary)
@@ -222,7 +212,7 @@ class Journey:
         self._courses[0].enter(State.ADMISSION)
         await self._charge(asked)
         more = len(asked.prompts) - 1
-        admit(self._gateway.snapshot(more=more, tokens=sum(len(prompt.tokens) for prompt in asked.prompts)))
+        admit(self._gateway.snapshot(more=more, tokens=self._prompt_tokens))
         self._courses += [Course(State.ADMISSION) for _ in range(more)]
         self._exchange.receipts += [Receipt() for _ in range(more)]
         self._gateway.more_prompts(more)
@@ -230,7 +220,7 @@ class Journey:
     async def _charge(self, asked: Asked) -> None:
         body = asked.body
         wanted = Wanted(
-            prompt=sum(len(prompt.tokens) for prompt in asked.prompts),
+            prompt=self._prompt_tokens,
             completion=sum(asked.limits) * (body.n or 1),
             bounded=body.limit() is not None,
         )
@@ -273,6 +263,7 @@ class Journey:
 
     async def _end(self, out: Answer, usage: Usage) -> None:
         legs = self._legs
+        self._usage = usage
         if self._bill is not None:
             self._bill.usage = usage
         reasons = [reason for leg in legs for reason in leg.finish_reasons]

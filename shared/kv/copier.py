@@ -6,6 +6,7 @@ again, since it may have got another owner when its lease is gone; no copy under
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import xxhash
@@ -19,16 +20,17 @@ log = logging.getLogger(__name__)
 
 
 class Pages(Protocol):
-    """Copies whole blocks between the engine's pages and a slot."""
+    """Copies whole blocks between the engine's pages and slots; a call returns when its bytes are there."""
 
     slot_bytes: int
+    at_once: int  # blocks a call: what is copied is then looked at while it is in the cache
 
-    def read(self, block_id: int, slot: memoryview) -> None:
-        """Page -> slot."""
+    def read(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        """Pages -> slots."""
         ...
 
-    def write(self, block_id: int, slot: memoryview) -> None:
-        """Slot -> page."""
+    def write(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        """Slots -> pages."""
         ...
 
 
@@ -40,18 +42,22 @@ class Copier:
         self._pages = pages
         self._rank = rank
 
-    def copy_out(self, save: Save) -> Commit:
-        """Pages -> reserved slots. Raises KvLost when the lease or a slot is gone: its reader recomputes."""
+    def copy_out(self, save: Save, pages: Pages | None = None) -> Commit:
+        """Pages, or what was taken of them, -> reserved slots.
+
+        Raises KvLost when the lease or a slot is gone: its reader recomputes.
+        """
+        source = pages or self._pages
         if not self._client.begin_copy(save.lease, save.arena):
             raise KvLost("their lease is gone")
         started_ns, checksums = time.time_ns(), []
         try:
-            for page in save.pages:
-                if self._client.word(page.slot) != page.word:
+            for some in _parts(save.pages, source.at_once):
+                if any(self._client.word(page.slot) != page.word for page in some):
                     raise KvLost("a reserved slot has another owner")
-                slot = self._client.slot_view(page.slot + self._rank)
-                self._pages.read(page.block_id, slot)
-                checksums.append(xxhash.xxh3_64_intdigest(slot))
+                slots = [self._slot(page) for page in some]
+                source.read([page.block_id for page in some], slots)
+                checksums += [xxhash.xxh3_64_intdigest(slot) for slot in slots]
         finally:
             self._client.end_copy(save.lease)
         blocks = [page.block for page in save.pages]
@@ -64,7 +70,9 @@ class Copier:
             invalid = {page.block_id for page in load.pages}
         else:
             try:
-                invalid = {page.block_id for page in load.pages if not self._fill(page)}
+                invalid = set()
+                for some in _parts(load.pages, self._pages.at_once):
+                    invalid |= self._fill(some)
             finally:
                 self._client.end_copy(load.lease)
         if invalid:
@@ -77,8 +85,18 @@ class Copier:
             ended_ns=time.time_ns(),
         )
 
-    def _fill(self, page: Page) -> bool:
-        if self._client.word(page.slot) != page.word:
-            return False
-        self._pages.write(page.block_id, self._client.slot_view(page.slot + self._rank))
-        return bool(self._client.word(page.slot) == page.word)
+    def _fill(self, some: list[Page]) -> set[int]:
+        """Returns the pages that were not filled."""
+        there = [page for page in some if self._client.word(page.slot) == page.word]
+        if there:
+            self._pages.write([page.block_id for page in there], [self._slot(page) for page in there])
+        right = {page.block_id for page in there if self._client.word(page.slot) == page.word}
+        return {page.block_id for page in some} - right
+
+    def _slot(self, page: Page) -> memoryview:
+        return self._client.slot_view(page.slot + self._rank)
+
+
+def _parts(pages: list[Page], size: int) -> Iterator[list[Page]]:
+    for start in range(0, len(pages), size):
+        yield pages[start : start + size]

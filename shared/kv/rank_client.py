@@ -52,12 +52,15 @@ REPORTS = 256  # at once: some 30 bytes of answer each
 KEEP_KEYS = 1024  # at once, so that both ends' buffers hold calls and answers
 
 T = TypeVar("T")
+OnMapped = Callable[[memoryview], Callable[[], None]]
 
 
 class RankClient:
     """One per engine rank. All methods may be called from any thread."""
 
-    def __init__(self, socket_path: str, *, session: str, worker: str, rank: int) -> None:
+    def __init__(
+        self, socket_path: str, *, session: str, worker: str, rank: int, on_mapped: OnMapped | None = None
+    ) -> None:
         """Does nothing yet.
 
         Args:
@@ -65,7 +68,9 @@ class RankClient:
             session: shared with the worker's host and its other ranks.
             worker: its id on the bus.
             rank: 0 … geometry.ranks - 1.
+            on_mapped: gets each arena that is mapped; what it returns is called before that is unmapped.
         """
+        self._on_mapped = on_mapped
         self._path = socket_path
         self._session = session
         self._worker = worker
@@ -201,6 +206,8 @@ class RankClient:
 
     def _open(self, geometry: Geometry) -> Attached:
         link = open_link(self._path, session=self._session, worker=self._worker, rank=self._rank, geometry=geometry)
+        if self._on_mapped is not None:
+            link.before_unmapping = self._on_mapped(link.view)
         with self._state:
             self._link = link
             self._is_usable = not self._is_closed

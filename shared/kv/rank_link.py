@@ -9,7 +9,7 @@ import mmap
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -47,6 +47,7 @@ class RankLink:
         self._lock = threading.Lock()  # one call at a time
         self._calls = 1
         self.is_broken = False
+        self.before_unmapping: Callable[[], None] = lambda: None
         try:
             fd = os.open(attached.path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -57,9 +58,9 @@ class RankLink:
             raise KvLost("the arena cannot be mapped") from error
         finally:
             os.close(fd)
-        self._view = memoryview(self._mapped)
+        self.view = memoryview(self._mapped)
         words_end = attached.words_offset + attached.slots * WORD_BYTES
-        self._words = self._view[attached.words_offset : words_end].cast("Q")
+        self._words = self.view[attached.words_offset : words_end].cast("Q")
 
     def call(self, body: AnyCall, expect: type[B]) -> B:
         """Ask on the command socket. Raises what the store refuses with, or KvLost when the socket fails."""
@@ -96,13 +97,14 @@ class RankLink:
 
     def slot_view(self, slot: int) -> memoryview:
         start = self.attached.slots_offset + self._checked(slot) * self.attached.slot_bytes
-        return self._view[start : start + self.attached.slot_bytes]
+        return self.view[start : start + self.attached.slot_bytes]
 
     def close(self) -> None:
         self._command.close()
         self.watch.close()
+        self.before_unmapping()
         self._words.release()
-        self._view.release()
+        self.view.release()
         with contextlib.suppress(BufferError):  # somebody still holds a view: unmapped when that goes
             self._mapped.close()
 

@@ -81,8 +81,9 @@ class PrefillHandler:
                 cached = min(plan.load * geometry.block_size, len(job.tokens) // wire.TOKEN_BYTES)
                 if plan.load < len(keys):
                     cached = await self._engine(job, plan, cached, pulled.tokens if pulled else 0)
-                # Another node's store may not have said yet that it takes them; its own deadlines are shorter.
-                ready = await context.kv.wait(lease, timeout_s=0 if job.node == context.node else OFFER_S)
+                # On a device the last blocks are on their way out still; another node's store may not have said yet
+                # that it takes them. Both have shorter deadlines of their own.
+                ready = await context.kv.wait(lease, timeout_s=OFFER_S)
                 if not ready.complete:
                     raise KvLost("the prompt was computed, but not all of its blocks reached the store")
         finally:

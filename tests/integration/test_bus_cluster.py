@@ -13,36 +13,49 @@ from services.launcher.machine import free_ports
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.bus_login import Account
-from shared.bus_users import ROLES, authorization, from_environment
+from shared.bus_users import ROLES
 from shared.errors import BatonError
 from shared.tls import Tls
 from tests.support.certificates import Authority
 from tests.support.nats import binary
 
-C = "three"
+C = "baton"
+SHIPPED = Path(__file__).parents[2] / "k8s" / "base" / "nats"
 HERE = "127.0.0.1"
 WAIT_S = 20.0
-PASSWORDS = {f"NATS_{role.upper()}_PASSWORD": f"of-{role}" for role in (*ROLES, "operator")}
+PASSWORDS = {f"NATS_{role.upper()}_PASSWORD": f"of-{role}" for role in (*ROLES, "operator", "routes")}
 
 
 class Servers:
-    """As k8s/base/nats has them: users, TLS for clients and among themselves."""
+    """The configuration that k8s/base/nats ships; with ports of the test's own, and TLS for clients."""
 
     def __init__(self, folder: Path, authority: Authority) -> None:
         pair = authority.sign(HERE)
-        ports = free_ports(6)
-        self.ports, routes = ports[:3], ports[3:]
+        ports = free_ports(9)
+        self.ports, routes, monitors = ports[:3], ports[3:6], ports[6:]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
+        config = folder / "nats.conf"
         tls = f'tls {{ cert_file: "{pair.cert}", key_file: "{pair.key}", ca_file: "{authority.ca}" }}\n'
-        listed = ", ".join(f'"nats://{HERE}:{route}"' for route in routes)
-        for port, route in zip(self.ports, routes, strict=True):
-            config = folder / f"{port}.conf"
-            config.write_text(
-                f'listen: "{HERE}:{port}"\nserver_name: n{port}\n{tls}{authorization(C, from_environment)}'
-                f'cluster {{ name: {C}, listen: "{HERE}:{route}", no_advertise: true, routes: [{listed}], {tls} }}\n'
+        config.write_bytes((SHIPPED / "nats.conf").read_bytes())
+        (folder / "tls.conf").write_text(tls)
+        (folder / "users.conf").write_bytes((SHIPPED / "users.conf").read_bytes())
+        password = PASSWORDS["NATS_ROUTES_PASSWORD"]
+        known = ",".join(f"nats://routes:{password}@{HERE}:{route}" for route in routes)
+        for port, route, monitor in zip(self.ports, routes, monitors, strict=True):
+            words = ("--config", str(config), "--addr", HERE, "--port", str(port), "--http_port", str(monitor))
+            more = (
+                "--cluster",
+                f"nats://routes:{password}@{HERE}:{route}",
+                "--routes",
+                known,
+                "--pid",
+                str(folder / f"{port}.pid"),
             )
             self._running[port] = subprocess.Popen(
-                [binary(), "-c", str(config)], env=PASSWORDS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                [binary(), *words, *more],
+                env={**PASSWORDS, "SERVER_NAME": f"nats-{port}"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
 
     @property
@@ -109,6 +122,23 @@ async def test_the_loss_of_any_server_is_survived(servers: Servers, authority: A
                 while loser.reconnects == before:
                     await answered(gateway)
             assert port_of(loser) != lost
+    finally:
+        await gateway.close()
+        await worker.close()
+
+
+async def test_servers_find_each_other_and_pass_on(servers: Servers, authority: Authority) -> None:
+    first, second, _ = servers.urls.split(",")
+    gateway, worker = await join(first, authority, "gateway"), await join(second, authority, "decode")
+    try:
+
+        async def pong(_: wire.AnyMessage, __: object) -> wire.Message:
+            return wire.Pong(id="decode-0")
+
+        await worker.serve(subjects.ping(C, "decode-0"), pong)
+        await worker.flush()
+        await answered(gateway)
+        assert port_of(gateway) != port_of(worker)
     finally:
         await gateway.close()
         await worker.close()

@@ -240,3 +240,15 @@ async def test_a_gateway_that_drains_lets_its_viewers_go(cluster):
                 async for _ in stream:
                     pass
         assert (await client.get("/dashboard/events")).json()["error"]["code"] == "draining"
+
+
+async def test_traces_are_listed_and_kept_by_no_cache(cluster):
+    async with cluster.gateway() as running, httpx.AsyncClient(base_url=running.url) as client:
+        await cluster.add(running, "prefill-0", "decode-0")
+        await ask(running, extra_headers={"x-request-id": "mine"})
+        listed = await client.get("/dashboard/traces?order=slowest&limit=5")
+        (found,) = [trace for trace in listed.json()["traces"] if trace["request_id"] == "mine"]
+        one = await client.get(f"/dashboard/traces/{found['trace_id']}")
+        assert {"gateway.request", "gateway.queue"} <= {span["name"] for span in one.json()["spans"]}
+        assert listed.headers["cache-control"] == one.headers["cache-control"] == "no-store"
+        assert (await client.get("/dashboard/traces/nobody")).status_code == 404

@@ -1,5 +1,8 @@
 """Traces of a gateway with fake workers: a request that one worker serves whole, other gateways' traces, log lines."""
 
+import json
+import logging
+
 import httpx
 
 from services.gateway.metrics import Metrics
@@ -75,3 +78,27 @@ async def test_telemetry_off_makes_no_span_and_counts_no_gap(cluster):
     metrics.first_token(0.1)
     counted = [metrics.registry.get_sample_value(f"baton_{name}_seconds_count") for name in COUNTED]
     assert counted == [0.0, 1.0]
+
+
+async def test_one_line_a_request_with_its_trace_and_none_of_its_words(cluster, caplog):
+    caplog.set_level(logging.INFO)
+    async with cluster.gateway() as running:
+        await cluster.add(running, "prefill-0", "decode-0")
+        await ask(running.url, "told")
+        await running.until_idle()
+        async with httpx.AsyncClient() as http:
+            await http.post(f"{running.url}/v1/completions", json={"model": "other", "prompt": PROMPT})
+        trace = (await get(running.url, "/dashboard/traces/told")).json()
+    lines = [record for record in caplog.records if record.getMessage() == "request"]
+    good, bad = (line.fields for line in lines)
+    assert (good["request_id"], good["outcome"], good["tenant"], good["path"]) == ("told", "ok", "anonymous", "split")
+    assert (good["prefill"], good["decode"], good["completion_tokens"]) == ("prefill-0", "decode-0", 3)
+    assert good["trace_id"] == trace["trace_id"]
+    assert good["ttft_ms"] <= good["duration_ms"]
+    assert (bad["outcome"], bad["reason"]) == ("client_error", "model_not_found")
+    for formatter in (telemetry._JsonLines("gateway", "gateway-0"), telemetry._HumanLines("gateway-0")):
+        text = formatter.format(lines[0])
+        assert trace["trace_id"] in text
+        assert "told" in text
+        assert PROMPT not in text
+    assert json.loads(telemetry._JsonLines("gateway", "gateway-0").format(lines[0]))["stages_ms"].keys() >= {"queue"}

@@ -454,3 +454,20 @@ async def test_a_client_has_a_limit_of_waiting_calls(tmp_path: Path) -> None:
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_whoever_maps_the_arena_hears_of_each_mapping_and_of_its_end(tmp_path: Path) -> None:
+    """A device's driver pins it."""
+    heard: list[str] = []
+
+    def on_mapped(view: memoryview) -> Callable[[], None]:
+        view[-1] = view[-1]  # it is the whole arena, writable
+        heard.append("mapped")
+        return lambda: heard.append("unmapped")
+
+    async with running_store(tmp_path) as store:
+        rank = RankClient(store.path, session="s", worker="w", rank=0, on_mapped=on_mapped)
+        await asyncio.to_thread(rank.attach, small_geometry())
+        assert heard == ["mapped"]
+        await asyncio.to_thread(rank.close)
+    assert heard == ["mapped", "unmapped"]

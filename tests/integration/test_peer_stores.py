@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from services.kv_transfer.peers import frames
+from shared import telemetry
 from shared.errors import KvLost
 from tests.support.peer_node import PeerNode, content, keys_of, node, two_nodes
+from tests.support.tracing import watch_spans
 
 WAIT_S = 30.0
 
@@ -227,7 +229,6 @@ async def test_unlike_engines_exchange_nothing(tmp_path: Path) -> None:
 
 async def test_a_node_that_nobody_knows_or_reaches(tmp_path: Path) -> None:
     async with two_nodes(tmp_path) as (p, d):
-        p.peers.directory = p.peers.pushes._directory
         keys = keys_of("a", 2)
         await d.want("d", keys)
         with pytest.raises(KvLost, match="no store of nowhere"):
@@ -252,6 +253,34 @@ async def test_blocks_are_fetched_by_whoever_lacks_them(nodes: Nodes) -> None:
     await d.until(lambda: d.store.held_prefix(keys) == 3, "they did not come")
     assert p.peers.pushes.fetch("d", "d", keys_of("b", 1)) == 0
     await d.host.release("d")
+
+
+async def test_a_push_is_one_span_of_its_request(nodes: Nodes) -> None:
+    p, d = nodes
+    seen = watch_spans()
+    with telemetry.tracer().start_as_current_span("parent") as parent:
+        traceparent = telemetry.traceparent()
+    keys = keys_of("a", 3)
+    await d.want("d", keys)
+    slots = await p.host.reserve(
+        lease="p",
+        request="r",
+        keys=keys,
+        write=True,
+        ttl_s=9,
+        push_node="d",
+        push_lease="d",
+        traceparent=traceparent,
+    )
+    await p.write("p", slots, keys, 0, 1, 2)
+    assert (await d.host.wait("d", WAIT_S)).complete
+    await p.host.release("p")
+    await p.until(lambda: not len(p.peers.pushes), "the push has no end")
+    await d.host.release("d")
+    (push,) = [span for span in seen.get_finished_spans() if span.name == telemetry.KV_PUSH]
+    size_bytes = 3 * p.geometry.slot_bytes
+    assert dict(push.attributes) == {"blocks": 3, "bytes": size_bytes, "path": "peer", "node": "d"}
+    assert push.context.trace_id == parent.get_span_context().trace_id
 
 
 async def test_many_hand_offs_at_once(tmp_path: Path) -> None:

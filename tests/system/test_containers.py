@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
+import yaml
 
 from shared.worker.sim.oracle import Oracle
 from tests.support.cluster import PATIENT, free_port
@@ -23,6 +24,7 @@ AWAY_S = 3.0
 SMALL_IMAGE_BYTES = 400_000_000
 CRASH = ("sh", "-c", "kill -9 -1")  # everything but the container's init, which then ends, too
 STORE = "kv-transfer"
+ROLES = {"gateway": "gateway", "prefill-worker": "prefill", "decode-worker": "decode", STORE: "kv"}
 # Whoever holds every request, or carries every message: while it is away, requests may fail, clearly.
 HOLDERS = ("gateway", "nats")
 
@@ -106,6 +108,16 @@ def test_containers_may_do_little(cluster: Compose) -> None:
     assert port["host_ip"] == "127.0.0.1"
 
 
+def test_every_role_has_its_own_password_and_no_other(cluster: Compose) -> None:
+    files = {service: cluster.inside(service, "cat", "/run/secrets/baton/baton.yaml") for service in ROLES}
+    passwords = {yaml.safe_load(text)["nats_password"] for text in files.values()}
+    assert len(passwords) == len(ROLES)
+    for service, role in ROLES.items():
+        assert yaml.safe_load(files[service])["nats_user"] == role
+        assert cluster.inside(service, "ls", "/run/secrets/baton").split() == ["baton.yaml"]
+    assert "redis_url" not in files["prefill-worker"]
+
+
 async def test_requests_are_split_and_right(cluster: Compose, oracle: Oracle) -> None:
     before = cluster.metrics(STORE)['baton_kv_moved_bytes_total{path="local"}']
     async with load(cluster, oracle) as seen:
@@ -120,9 +132,9 @@ def test_prometheus_has_the_metrics_of_every_service_and_the_rules(cluster: Comp
     url = f"http://127.0.0.1:{cluster.prometheus_port}/api/v1"
 
     def services() -> set[str]:
-        with contextlib.suppress(httpx.TransportError):
-            found = httpx.get(f"{url}/query", params={"query": "group by (service) (baton_tasks)"}).json()
-            return {one["metric"]["service"] for one in found["data"]["result"]}
+        with contextlib.suppress(httpx.HTTPError):  # it has not begun to answer yet
+            answer = httpx.get(f"{url}/query", params={"query": "group by (service) (baton_tasks)"}).raise_for_status()
+            return {one["metric"]["service"] for one in answer.json()["data"]["result"]}
         return set()
 
     cluster("--profile=observability", "up", "--detach", "--no-recreate", "--no-build", "prometheus")
@@ -154,7 +166,7 @@ async def test_each_tier_scales_under_load_without_a_failed_request(cluster: Com
         ("gateway", "BATON_NO_SUCH=1", "unknown setting 'no_such'"),
         ("gateway", "BATON_PORT=high", "setting 'port'"),
         (STORE, "BATON_CONFIG=/run/secrets/baton/none.yaml", "BATON_CONFIG: cannot read /run/secrets/baton/none.yaml"),
-        (STORE, "BATON_NATS_URL=nats://baton:wrong@nats:4222", "setting 'nats_url'"),
+        (STORE, "BATON_NATS_PASSWORD=wrong", "setting 'nats_user'"),
         ("prefill-worker", "BATON_MODEL=/models/none", "setting 'model'"),
         # Of another KV format than the tier beside it: its blocks would be noise there.
         ("decode-worker", 'BATON_ENGINE_ARGS={"kv_bytes_per_token": 1024}', "fingerprint"),

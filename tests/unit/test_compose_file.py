@@ -27,6 +27,13 @@ def test_every_variable_is_a_setting() -> None:
     assert not set(re.findall(r"\bBATON_[A-Z_]+", written)) - SETTINGS
 
 
+@pytest.mark.parametrize("name", BATONS)
+def test_a_variable_that_is_only_handed_on_does_not_hide_what_an_image_sets(name: str) -> None:
+    handed_on = {key for key, value in BATONS[name]["environment"].items() if value is None}
+    assert handed_on
+    assert not handed_on & set(re.findall(r"\b([A-Z_]+)=", DOCKERFILE))
+
+
 def test_the_services_that_are_there_and_who_can_reach_them() -> None:
     assert set(BATONS) == {
         "gateway",

@@ -67,7 +67,16 @@ def test_shipped_workloads(name):
 
 
 def test_there_are_these_kinds():
-    assert workload.shipped() == ["agent-turns", "chat", "code-completion", "mixed", "overload", "summarise"]
+    assert workload.shipped() == [
+        "agent-turns",
+        "chat",
+        "code-completion",
+        "long-output",
+        "long-prompt",
+        "mixed",
+        "overload",
+        "summarise",
+    ]
 
 
 def test_a_mix_keeps_its_weights_and_its_parts_share_nothing():

@@ -34,7 +34,7 @@ def fill(pages: SimPages, prompt: list[int], chunks: list[int]) -> None:
 
 def page_bytes(pages: SimPages, block: int) -> bytes:
     slot = bytearray(pages.slot_bytes)
-    pages.read(block, memoryview(slot))
+    pages.read([block], [memoryview(slot)])
     return bytes(slot)
 
 
@@ -98,9 +98,9 @@ def test_every_flipped_bit_of_what_is_filled_shows(kind: str, length: int) -> No
     for bit in range(filled * 8):
         wrong = bytearray(good)
         wrong[bit // 8] ^= 1 << bit % 8
-        pages.write(0, memoryview(wrong))
+        pages.write([0], [memoryview(wrong)])
         assert pages.excess(0, states) != 0, f"bit {bit}"
-    pages.write(0, memoryview(bytearray(good)))
+    pages.write([0], [memoryview(bytearray(good))])
     assert pages.excess(0, states) == 0
 
 
@@ -111,7 +111,7 @@ def test_what_was_loaded_wrong_stays_wrong_when_more_is_computed(kind: str) -> N
     fill(source, prompt[:5], [5])
     wrong = bytearray(page_bytes(source, 0))
     wrong[3] ^= 4
-    pages.write(0, memoryview(wrong))
+    pages.write([0], [memoryview(wrong)])
     pages.fills[0] = 5
     states = CONTENTS.read(prompt).states
     before = pages.excess(0, states)

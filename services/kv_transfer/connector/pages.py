@@ -1,17 +1,16 @@
-"""The engine's KV pages as bytes: whole pages only, since the inside of a page is the attention backend's affair.
+"""An engine's KV pages on a CPU as bytes: whole pages only; what is inside one is the attention backend's affair.
 
 A slot of the arena holds one block: the pages of every layer, in the order of registration, one after the other.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
-from shared.kv.copier import Pages
 
-
-def open_pages(kv_caches: dict[str, torch.Tensor]) -> Pages:
-    """Byte views of every layer. Raises ValueError when a block of a layer is not one contiguous run."""
+def layers_of(kv_caches: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Each layer's pages. Raises ValueError when a block of a layer is not one contiguous run."""
     layers = []
     seen: set[int] = set()
     for name, tensor in kv_caches.items():
@@ -21,9 +20,7 @@ def open_pages(kv_caches: dict[str, torch.Tensor]) -> Pages:
         if not tensor.is_contiguous():
             raise ValueError(f"KV cache of {name} is not contiguous: shape {tuple(tensor.shape)}")
         layers.append(tensor)
-    if all(tensor.device.type == "cpu" for tensor in layers):
-        return HostPages(layers)
-    return DevicePages(layers)
+    return layers
 
 
 class HostPages:
@@ -32,6 +29,8 @@ class HostPages:
     Slices hold the GIL while they copy. That is meant: `ctypes.memmove` releases it once a page and then waits for
     busy threads every time (measured 720 ms against 5 ms for 256 pages).
     """
+
+    at_once = 1
 
     def __init__(self, layers: list[torch.Tensor]) -> None:
         self._layers: list[tuple[memoryview, int, int]] = []  # bytes, page size, offset in the slot
@@ -45,33 +44,12 @@ class HostPages:
         self._owners = layers  # keeps the memory behind the views
         self.slot_bytes = offset
 
-    def read(self, block_id: int, slot: memoryview) -> None:
-        for view, page, offset in self._layers:
-            slot[offset : offset + page] = view[block_id * page : (block_id + 1) * page]
+    def read(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            for view, page, offset in self._layers:
+                slot[offset : offset + page] = view[block_id * page : (block_id + 1) * page]
 
-    def write(self, block_id: int, slot: memoryview) -> None:
-        for view, page, offset in self._layers:
-            view[block_id * page : (block_id + 1) * page] = slot[offset : offset + page]
-
-
-class DevicePages:
-    """Pages on an accelerator: torch copies, synchronous."""
-
-    def __init__(self, layers: list[torch.Tensor]) -> None:
-        self._layers: list[tuple[torch.Tensor, int, int]] = []
-        offset = 0
-        for tensor in layers:
-            pages = tensor.view(torch.uint8).reshape(tensor.shape[0], -1)
-            self._layers.append((pages, pages.shape[1], offset))
-            offset += pages.shape[1]
-        self.slot_bytes = offset
-
-    def read(self, block_id: int, slot: memoryview) -> None:
-        target = torch.frombuffer(slot, dtype=torch.uint8)
-        for pages, page, offset in self._layers:
-            target[offset : offset + page].copy_(pages[block_id])
-
-    def write(self, block_id: int, slot: memoryview) -> None:
-        source = torch.frombuffer(slot, dtype=torch.uint8)
-        for pages, page, offset in self._layers:
-            pages[block_id].copy_(source[offset : offset + page])
+    def write(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            for view, page, offset in self._layers:
+                view[block_id * page : (block_id + 1) * page] = slot[offset : offset + page]

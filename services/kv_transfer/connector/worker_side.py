@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from services.kv_transfer.connector.device_pages import DevicePages, Snapshot, pin_arena
 from services.kv_transfer.connector.fingerprint import geometry_of
-from services.kv_transfer.connector.pages import open_pages
+from services.kv_transfer.connector.pages import HostPages, layers_of
 from shared.errors import BatonError, KvMemory
 from shared.kv.copier import Copier
 from shared.kv.copies import Load, Save, StepPlan
 from shared.kv.keeping import Keeper
+from shared.kv.messages import Commit
 from shared.kv.rank_client import RankClient
 
 if TYPE_CHECKING:
@@ -32,13 +34,19 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.002
 
 
-_STOP, _LOAD, _KEEP = range(3)
+_STOP, _COPY, _KEEP = range(3)
 
 
 @dataclass(frozen=True)
 class _Keeping:
     request: str
     pieces: Iterator[None]
+
+
+@dataclass(frozen=True)
+class _Saving:
+    save: Save
+    taken: Snapshot
 
 
 class WorkerSide:
@@ -49,9 +57,15 @@ class WorkerSide:
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._rank = vllm_config.parallel_config.rank
-        self._client = RankClient(extra["socket"], session=extra["session"], worker=extra["worker"], rank=self._rank)
-        # Bounded by the engine's own requests. A load is on somebody's way to a first token, so it goes first.
-        self._queue: queue.PriorityQueue[tuple[int, int, Load | _Keeping | None]] = queue.PriorityQueue()
+        self._client = RankClient(
+            extra["socket"],
+            session=extra["session"],
+            worker=extra["worker"],
+            rank=self._rank,
+            on_mapped=pin_arena(torch.cuda.current_device()) if _is_cuda(vllm_config) else None,
+        )
+        # Bounded by the engine's own requests. What is on somebody's way to a first token goes first.
+        self._queue: queue.PriorityQueue[tuple[int, int, Load | _Saving | _Keeping | None]] = queue.PriorityQueue()
         self._serial = itertools.count()
         self._done = threading.Condition()
         self._received: set[str] = set()
@@ -63,7 +77,9 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach to the store. Raises KvMismatch or KvLost, which stops the engine's start with a clear line."""
-        pages = open_pages(kv_caches)
+        layers = layers_of(kv_caches)
+        pages: HostPages | DevicePages = DevicePages(layers) if _is_cuda(self._vllm_config) else HostPages(layers)
+        self._device_pages = pages if isinstance(pages, DevicePages) else None
         geometry = geometry_of(self._vllm_config, self._kv_cache_config, pages.slot_bytes, kv_caches)
         self._client.attach(geometry)
         self._copier = Copier(self._client, pages, self._rank)
@@ -72,14 +88,47 @@ class WorkerSide:
 
     # ---- saving -----------------------------------------------------------------------------------------------
 
+    def begin_step(self) -> None:
+        """Before the step is computed."""
+        if self._device_pages is not None:
+            self._device_pages.mark()
+
     def save(self, saves: list[Save]) -> None:
-        """Copy out and commit, before the step ends. What fails stays uncommitted: its reader recomputes."""
+        """Before the step ends the pages are copied out and committed, or, on a device, taken to be so soon.
+
+        What fails stays uncommitted: its reader recomputes.
+        """
         for save in saves:
+            if self._device_pages is not None:
+                self._take(save, self._device_pages)
+                continue
             try:
-                commit = self._copier.copy_out(save)
-                self._client.commit(commit.lease, commit.blocks, commit.checksums, commit.started_ns)
+                self._commit(self._copier.copy_out(save))
             except BatonError as error:
                 log.warning("kv: %d blocks not saved: %s", len(save.pages), error.message)
+
+    def _take(self, save: Save, pages: DevicePages) -> None:
+        for start in range(0, len(save.pages), pages.at_once):
+            some = save.pages[start : start + pages.at_once]
+            try:
+                taken = pages.snapshot([page.block_id for page in some])
+            except BatonError as error:
+                log.warning("kv: %d blocks not saved: %s", len(some), error.message)
+            else:
+                self._put(_COPY, _Saving(Save(save.arena, save.lease, some), taken))
+
+    def _commit(self, commit: Commit) -> None:
+        self._client.commit(commit.lease, commit.blocks, commit.checksums, commit.started_ns)
+
+    def _save_taken(self, saving: "_Saving") -> None:
+        try:
+            self._commit(self._copier.copy_out(saving.save, saving.taken))
+        except BatonError as error:
+            log.warning("kv: %d blocks not saved: %s", len(saving.save.pages), error.message)
+        except Exception:  # the thread's boundary
+            log.exception("kv: saving failed")
+        finally:
+            saving.taken.close()
 
     # ---- loading, keeping -------------------------------------------------------------------------------------
 
@@ -88,7 +137,7 @@ class WorkerSide:
         with self._done:
             self._running += len(plan.loads) + len(plan.keeps)
         for load in plan.loads:
-            self._put(_LOAD, load)
+            self._put(_COPY, load)
         for keep in plan.keeps:
             self._put(_KEEP, _Keeping(keep.request, self._keeper.pieces(keep)))
 
@@ -111,13 +160,16 @@ class WorkerSide:
         reported, self._reported = self._reported, set()
         return reported
 
-    def _put(self, order: int, work: "Load | _Keeping | None") -> None:
+    def _put(self, order: int, work: "Load | _Saving | _Keeping | None") -> None:
         self._queue.put((order, next(self._serial), work))
 
     def _run(self) -> None:
         while (work := self._queue.get()[2]) is not None:
             if isinstance(work, _Keeping):
                 self._go_on(work)
+                continue
+            if isinstance(work, _Saving):
+                self._save_taken(work)
                 continue
             try:
                 invalid = self._load(work)
@@ -168,3 +220,7 @@ class WorkerSide:
             self._put(_STOP, None)
             self._thread.join(timeout=5)
         self._client.close()
+
+
+def _is_cuda(vllm_config: "VllmConfig") -> bool:
+    return bool(vllm_config.device_config.device_type == "cuda")

@@ -70,8 +70,9 @@ class TcpTransport:
     @property
     def links(self) -> int:
         """Threads that are connected or about to be, in both directions."""
-        self._forget_ended()
-        return len(self._incoming) + len(self._outgoing)
+        with self._lock:
+            self._forget_ended()
+            return len(self._incoming) + len(self._outgoing)
 
     def listen(self, host: str, port: int, announced: str = "") -> None:
         """`announced`: host, or host:port, as peers reach it. Raises SettingsError."""
@@ -95,9 +96,10 @@ class TcpTransport:
 
     def connect(self, node: str, address: str, ear: SourceEar) -> TcpOutgoing:
         link = TcpOutgoing(node, lambda: self._dial(node, address), ear, self._mailbox, self._limit_s)
-        self._forget_ended()
-        self._outgoing.add(link)
-        link.thread.start()
+        with self._lock:
+            self._forget_ended()
+            self._outgoing.add(link)
+            link.thread.start()
         return link
 
     async def close(self) -> None:
@@ -126,6 +128,7 @@ class TcpTransport:
         host = host.strip("[]")
         family, kind, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
+        channel: Channel | None = None
         try:
             enlarge(sock)
             sock.settimeout(self._limit_s)
@@ -135,6 +138,8 @@ class TcpTransport:
             return channel, handshake.greet(channel, self._own, node)
         except BaseException as error:
             sock.close()
+            if channel is not None:
+                channel.close()  # what it was secured with
             if isinstance(error, BadFrame):
                 self._refused(error.reason)
             log.warning("kv: no link to %s at %s: %s", node, address, _shown(error))
@@ -155,6 +160,7 @@ class TcpTransport:
 
     def _admit(self, sock: socket.socket, where: str) -> None:
         with self._lock:
+            self._forget_ended()
             if len(self._incoming) >= MAX_INCOMING or self._closed.is_set():
                 sock.close()
                 self._refused(TOO_MANY)
@@ -183,13 +189,13 @@ class TcpTransport:
                 refused=self._refused,
                 received=self._received,
             ).run()
-        with self._lock:
-            self._incoming.pop(channel, None)
         channel.shut()
         channel.close()
 
     def _forget_ended(self) -> None:
-        self._outgoing = {link for link in self._outgoing if link.thread.is_alive() or not link.thread.ident}
+        """With the lock. Only threads that have ended: `close` waits for all others."""
+        self._outgoing = {link for link in self._outgoing if link.thread.is_alive()}
+        self._incoming = {channel: thread for channel, thread in self._incoming.items() if thread.is_alive()}
 
 
 def announced_as(host: str, port: int) -> str:

@@ -11,6 +11,7 @@ import nats
 import nats.errors
 from nats.aio.msg import Msg
 
+from services.launcher.diagnosis import Samples, problems, summary
 from services.launcher.health import NO_ANSWER, probe_client, why_not_ready
 from services.launcher.state import ClusterFolder, ClusterRecord, ServiceRecord, lives
 from shared import subjects, wire
@@ -24,21 +25,26 @@ def status(folder: ClusterFolder, port: int, *, as_json: bool) -> int:
     if record is None:
         print(json.dumps({"ready": False, "services": []}) if as_json else f"No cluster runs on port {port}.")
         return 2
-    seen = asyncio.run(_look(record))
-    print(json.dumps(seen, indent=2) if as_json else _table(seen))
+    seen, beats, page = asyncio.run(_look(record, with_page=not as_json))
+    print(json.dumps(seen, indent=2) if as_json else _screen(seen, beats, Samples.read(page)))
     return 0 if seen["ready"] else 1
 
 
-async def _look(record: ClusterRecord) -> dict[str, Any]:
+Seen = tuple[dict[str, Any], dict[str, wire.Heartbeat], str]
+
+
+async def _look(record: ClusterRecord, *, with_page: bool) -> Seen:
+    """What is printed as JSON; the workers' beats; a gateway's metrics page, or nothing."""
     async with probe_client() as client, asyncio.TaskGroup() as group:
         beats_task = group.create_task(_beats(record))
+        page_task = group.create_task(_page(client, record.address if with_page else ""))
         state_tasks = [group.create_task(_state(client, service)) for service in record.services]
     beats, states = beats_task.result(), [task.result() for task in state_tasks]
     services = [
         _service(service, state, beats.get(service.id)) for service, state in zip(record.services, states, strict=True)
     ]
     gateways = [service["state"] == "ready" for service in services if service["role"] == "gateway"]
-    return {
+    seen = {
         # A path through the cluster is the gateway's to judge; without a launcher nobody looks after it. While a
         # cluster starts all gateways count; later one that is started again leaves the address to the others.
         "ready": (any if record.started else all)(gateways) and lives(record.pid, record.born),
@@ -48,6 +54,17 @@ async def _look(record: ClusterRecord) -> dict[str, Any]:
         "arrangement": record.arrangement,
         "services": services,
     }
+    return seen, beats, page_task.result()
+
+
+async def _page(client: httpx.AsyncClient, address: str) -> str:
+    """From this machine no key is needed."""
+    if not address:
+        return ""
+    try:
+        return (await client.get(f"{address}/metrics")).text
+    except httpx.HTTPError:
+        return ""  # the states say who is not there
 
 
 def _service(service: ServiceRecord, state: str, beat: wire.Heartbeat | None) -> dict[str, Any]:
@@ -114,13 +131,36 @@ async def _ignored(_: Exception) -> None:
     """A bus that does not answer shows in the states."""
 
 
-def _table(seen: dict[str, Any]) -> str:
-    rows = [("ID", "STATE", "PID", "NODE", "TAKES")]
+def _screen(seen: dict[str, Any], beats: dict[str, wire.Heartbeat], samples: Samples) -> str:
+    """The table, what there is to do, and what is wrong."""
+    found = problems(seen, beats, samples)
+    if not samples.rows and seen["ready"]:
+        found.append("the gateway does not give its metrics: what is above is all that is known")
+    verdict = ["", *(f"! {problem}" for problem in found)] if found else ["healthy: nothing is wrong"]
+    return "\n".join([_table(seen, beats), *filter(None, [summary(samples)]), *verdict])
+
+
+def _table(seen: dict[str, Any], beats: dict[str, wire.Heartbeat]) -> str:
+    rows = [("ID", "STATE", "PID", "NODE", "TAKES", "RUNS", "WAIT", "KV", "PROMPT TOK/S")]
     rows += [
-        (row["id"], row["state"], str(row["pid"] or "-"), row["node"] or "-", ",".join(row["takes"]) or "-")
+        (
+            row["id"],
+            row["state"],
+            str(row["pid"] or "-"),
+            row["node"] or "-",
+            ",".join(row["takes"]) or "-",
+            *_load(beats.get(row["id"])),
+        )
         for row in seen["services"]
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     ready = "ready" if seen["ready"] else "not ready"
     return "\n".join([f"{seen['model']} at {seen['address']}: {ready}, arrangement {seen['arrangement']}", *lines])
+
+
+def _load(beat: wire.Heartbeat | None) -> tuple[str, str, str, str]:
+    if beat is None or beat.role not in DEFAULT_TAKES:
+        return ("-",) * 4
+    speed = f"{beat.prefill_tokens_per_s:,.0f}" if beat.prefill_tokens_per_s else "-"
+    return str(beat.backlog.running), str(beat.backlog.waiting), f"{beat.kv_usage:.0%}", speed

@@ -44,5 +44,6 @@ def _get(client: httpx.Client, port: int, path: str) -> dict[str, Any]:
     except (httpx.HTTPError, ValueError) as error:
         raise Refusal(f"nothing answers at {client.base_url}: start a cluster with baton up --port {port}") from error
     if answer.status_code != httpx.codes.OK:
-        raise Refusal(str(body.get("error", {}).get("message", f"HTTP {answer.status_code}")))
+        hint = "; baton trace takes it from BATON_API_KEY" if answer.status_code == httpx.codes.UNAUTHORIZED else ""
+        raise Refusal(str(body.get("error", {}).get("message", f"HTTP {answer.status_code}")) + hint)
     return body

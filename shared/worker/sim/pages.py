@@ -15,6 +15,7 @@ computing a token beside loaded ones cannot hide what was loaded.
 import contextlib
 import mmap
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,11 +54,15 @@ class SimPages(ABC):
 
     # ---- shared.kv.copier.Pages ------------------------------------------------------------------------------
 
-    def read(self, block_id: int, slot: memoryview) -> None:
-        slot[:] = self._bytes[block_id * self.slot_bytes : (block_id + 1) * self.slot_bytes]
+    at_once = 1
 
-    def write(self, block_id: int, slot: memoryview) -> None:
-        self._bytes[block_id * self.slot_bytes : (block_id + 1) * self.slot_bytes] = slot
+    def read(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            slot[:] = self._bytes[block_id * self.slot_bytes : (block_id + 1) * self.slot_bytes]
+
+    def write(self, block_ids: Sequence[int], slots: Sequence[memoryview]) -> None:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            self._bytes[block_id * self.slot_bytes : (block_id + 1) * self.slot_bytes] = slot
 
 
 class SlicePages(SimPages):

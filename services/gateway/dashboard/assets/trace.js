@@ -35,7 +35,7 @@ function facts(trace) {
   const found = [
     ["Outcome", trace.outcome], ["Path", receipt.path && `${receipt.path}${receipt.reason && receipt.reason !== receipt.path ? `, ${receipt.reason}` : ""}`], ["Workers", way],
     ["First token", receipt.actual_ttft_ms && ms(receipt.actual_ttft_ms)], ["Promised", receipt.predicted_ttft_ms && ms(receipt.predicted_ttft_ms)],
-    ["Cached tokens", receipt.cached_tokens], ["Retries", receipt.retries || null], ["Until the first token", stages],
+    ["Cached tokens", receipt.cached_tokens], ["Retries", receipt.retries || null], ["Stages", stages],
     ["Trace", trace.trace_id],
   ];
   return h("dl", { class: "facts" }, found.filter(([, value]) => value !== null && value !== undefined && value !== "")
