@@ -31,7 +31,8 @@ from shared.worker.vllm_engine import EngineSettings, VllmEngine, set_environmen
 LENGTHS = (256, 1024, 4096)
 BLOCK = 32
 KV_BYTES = 1 << 30
-WARM_UPS = 2
+WARM_UPS = 1
+DEADLINE_S = 60.0
 CONNECTORS = ("baton", "nixl")
 
 
@@ -63,7 +64,9 @@ async def _measure(connector: str, args: argparse.Namespace) -> dict[int, tuple[
         for number in range(args.requests + WARM_UPS):
             for length in args.lengths:
                 tokens = [random.randrange(10, 250) for _ in range(length)]
-                took_s, again_s = await handoff(tokens), await alone(tokens)
+                async with asyncio.timeout(DEADLINE_S):
+                    took_s, again_s = await handoff(tokens), await alone(tokens)
+                sys.stderr.write(f"{connector}: round {number}, {length} tokens: {1e3 * took_s:.1f} ms\n")
                 if number >= WARM_UPS:
                     rows[length][0].append(1e3 * took_s)
                     rows[length][1].append(1e3 * again_s)

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -12,9 +13,13 @@ from prometheus_client import CollectorRegistry
 
 from shared import wire
 from shared.errors import EngineFailed, InvalidRequest, SettingsError, UnsupportedParameter
+from shared.kv.blocks import block_keys
+from shared.kv.client import KvClient
 from shared.worker.engine import EngineDelta, EngineRequest, KvPlan
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.sim.oracle import Oracle
+from shared.worker.sim.profile import load_profile
+from tests.support.running_store import store_in_a_thread
 
 DEMO = str(Path(__file__).parents[2] / "models" / "demo")
 DEADLINE_S = 60.0
@@ -37,6 +42,10 @@ async def running(
 
 async def collect(engine: SimEngine, prompt: list[int], **sampling: Any) -> list[EngineDelta]:
     request = EngineRequest(id=f"{prompt[:3]}-{len(prompt)}", tokens=prompt, sampling=wire.Sampling(**sampling))
+    return await collect_all(engine, request)
+
+
+async def collect_all(engine: SimEngine, request: EngineRequest) -> list[EngineDelta]:
     return [delta async for delta in engine.generate(request)]
 
 
@@ -112,6 +121,45 @@ async def test_steps_take_the_profiles_time_and_signs_of_life_go_on() -> None:
         assert load.decode_step_s >= profile.step_s([], (1, 100)) / 20 * 0.5
         await engine.check_health()
         assert engine.silent_s() < DEADLINE_S
+
+
+async def test_no_block_is_in_the_store_before_it_is_computed(tmp_path: Path) -> None:
+    """The store hears of a chunk when its step is over, however fast it was written."""
+    tokens = [9] * 64
+    with store_in_a_thread(tmp_path, size_bytes=1 << 24) as path:
+        settings = SimSettings(
+            model=DEMO,
+            args={"max_model_len": 1024, "profile": "llama2-70b-h100"},
+            kv_socket=path,
+            session="s",
+            worker="w",
+            speed=0.1,
+        )
+        engine = await SimEngine.start(settings, CollectorRegistry())
+        step_s = load_profile("llama2-70b-h100").step_s([(64, 0)], (0, 0)) / settings.speed
+        client = KvClient(path, session="s", worker="w")
+        try:
+            attached = await client.connect()
+            geometry = attached.geometry
+            keys = block_keys(wire.pack_tokens(tokens), geometry.block_size, fingerprint=geometry.fingerprint)
+            slots = await client.reserve(lease="l", request="r", keys=keys, write=True, ttl_s=60)
+            plan = KvPlan(
+                arena=attached.arena,
+                lease="l",
+                slots=slots.slots,
+                words=slots.words,
+                save=True,
+                write=[True] * len(keys),
+            )
+            request = EngineRequest(id="r", tokens=tokens, sampling=wire.Sampling(max_tokens=1), kv=plan)
+            began_s = time.monotonic()
+            answer = asyncio.create_task(collect_all(engine, request))
+            assert (await client.wait("l", timeout_s=DEADLINE_S)).complete
+            assert time.monotonic() - began_s >= step_s
+            assert len(await answer) == 1
+        finally:
+            await client.close()
+            await engine.close()
 
 
 async def test_nobody_hangs_when_it_is_closed() -> None:

@@ -1,5 +1,6 @@
 """Which traces are kept, in how much memory, and how they are shown; spans and their headers."""
 
+import threading
 from random import Random
 
 import pytest
@@ -7,6 +8,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from services.gateway.traces import book as books
+from services.gateway.traces import export as exports
 from services.gateway.traces import view
 from services.gateway.traces.book import TraceBook
 from services.gateway.traces.export import OtlpExport, from_environment
@@ -269,3 +271,25 @@ def test_without_a_collector_nothing_is_exported(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "pigeon")
     with pytest.raises(SettingsError, match="pigeon"):
         from_environment()
+
+
+def test_a_dead_collector_holds_up_neither_requests_nor_the_end(monkeypatch):
+    """What waits for it is bounded by the exporter's queue, and closing by CLOSE_S: here by the wait for the event."""
+    released = threading.Event()
+
+    class Dead(SpanExporter):
+        def export(self, _):
+            released.wait(30)  # until it is shut down
+            return SpanExportResult.FAILURE
+
+        def shutdown(self):
+            released.set()
+
+    monkeypatch.setattr(exports, "CLOSE_S", 0.05)
+    export, maker = OtlpExport(Dead()), recorder()
+    first = root(maker)
+    first.end()
+    for _ in range(10_000):
+        export([spans.record(first, "gateway", "g")])
+    export.close()
+    assert released.is_set()

@@ -223,11 +223,11 @@ class SimEngine:
             await asyncio.to_thread(self._work, step)
         else:
             self._work(step)
-        self._start_saves(step.copies)
         if self._speed == math.inf:
             await asyncio.sleep(0)
         else:
             await self._sleep_until(start_s + self._step_s(step))
+        self._start_saves(step.copies)  # nobody may have a block before it is computed
         self._end(step, time.monotonic())
 
     def _start_s(self, now_s: float) -> float:
