@@ -2,7 +2,7 @@
 
 Blocking, with the kernel's own time-outs: a read of a whole slot is one call, straight into the arena. Invariants: no
 call takes longer than `limit_s` without failing, also against a peer that was stopped, whose kernel goes on answering;
-`shut` ends every call at once. TLS belongs into `Secure`, which gets the fresh socket before anything is said.
+`shut` ends every call at once. TLS belongs into `Secure` (secure.py): it gets the fresh socket before anything is said.
 """
 
 import contextlib
