@@ -22,6 +22,8 @@ GAPS = (
     *(1.0, 2.0, 10.0),
 )
 
+NAMED_TENANTS = 100  # of whom tokens are summed apart for the dashboard; those who come later share one sum
+LATER_TENANTS = "(others)"
 WITHIN_TARGET = "baton_requests_within_target"
 
 
@@ -73,6 +75,7 @@ class Metrics:
         ).observe
         self._within = Counter(WITHIN_TARGET, "Requests that kept their tier's targets", ("tier",), registry=own)
         self.tokens = dict.fromkeys(("prompt", "cached", "completion"), 0)  # of all tenants
+        self.tenants: dict[str, int] = {}  # tokens by tenant, prompt and completion
 
     def live(
         self,
@@ -127,6 +130,9 @@ class Metrics:
         for kind, count in (("prompt", usage.prompt), ("cached", usage.cached), ("completion", usage.completion)):
             self._count(self._tokens, tenant, self._model, kind).inc(count)
             self.tokens[kind] += count
+        named = tenant in self.tenants or len(self.tenants) < NAMED_TENANTS
+        name = tenant if named else LATER_TENANTS
+        self.tenants[name] = self.tenants.get(name, 0) + usage.prompt + usage.completion
         if usage.completion > 1:
             self._genai_gap(decoding_s / (usage.completion - 1))
 

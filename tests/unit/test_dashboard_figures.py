@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from services.gateway.dashboard import counts
 from services.gateway.dashboard.figures import MAX_SOURCES, QUARTER_S, SLOT_S, Figures, Ring
 from services.gateway.edge.render import Usage
-from services.gateway.metrics import Metrics
+from services.gateway.metrics import LATER_TENANTS, NAMED_TENANTS, Metrics
 from shared.errors import Cancelled, InvalidRequest, QueueFull, WorkerLost
 
 BOUNDS = ["0.1", "0.2", "0.5", "+Inf"]
@@ -41,10 +41,11 @@ def test_a_gateways_metrics_become_counts():
     metrics.first_token(0.03)
     metrics.first_token(1000.0)
     metrics.gap(0.003)
-    found = counts.read(metrics.registry, metrics.tokens)
+    found = counts.read(metrics)
     assert found[counts.REQUESTS] == {"default/ok": 1, "flex/ok": 1, "default/shed": 1, "flex/error": 1}
     assert found[counts.SHED] == {"queue_full": 1}
     assert found[counts.TOKENS] == {"prompt": 11, "cached": 4, "completion": 6}
+    assert found[counts.TENANTS] == {"acme": 15, "other": 2}
     assert found[counts.WITHIN] == {"flex": 1}
     assert {bound: count for bound, count in found[counts.TTFT].items() if count} == {"0.03": 2, "+Inf": 1}
     assert sum(found[counts.GAPS].values()) == 1
@@ -55,6 +56,14 @@ def test_growth_is_what_was_added():
     old = {counts.SHED: {"queue_full": 2.0}, counts.TOKENS: {"prompt": 5.0}}
     new = {counts.SHED: {"queue_full": 2.0, "kv_memory": 1.0}, counts.TOKENS: {"prompt": 9.0}, "unheard_of": {"x": 1.0}}
     assert counts.growth(new, old) == {counts.SHED: {"kv_memory": 1.0}, counts.TOKENS: {"prompt": 4.0}}
+
+
+def test_tenants_are_bounded():
+    metrics = Metrics("m")
+    for at in range(NAMED_TENANTS + 5):
+        metrics.served(Usage(prompt=1, completion=1, cached=0), 0.1, f"tenant-{at}")
+    assert len(metrics.tenants) == NAMED_TENANTS + 1
+    assert metrics.tenants[LATER_TENANTS] == 10
 
 
 def test_labels_are_bounded():
@@ -167,6 +176,13 @@ def test_percentiles_prefix_hits_and_moved_bytes():
     assert now["rates"]["moved_bytes"] == 750.0
 
 
+def test_the_busiest_tenants_are_named_with_their_share():
+    tenants = {"a": 5.0, "flood": 90.0, "b": 3.0, "c": 2.0}
+    quarter = heard({counts.TENANTS: tenants}).now(100.0)["quarter"]
+    assert quarter["tenants"] == {"flood": 0.9, "a": 0.05, "b": 0.03}
+    assert list(quarter["tenants"]) == ["flood", "a", "b"]
+
+
 def test_cost_is_of_what_was_served():
     figures = heard(requests(ok=4, error=6) | {counts.TOKENS: {"prompt": 150.0, "completion": 50.0}})
     assert figures.now(100.0)["quarter"]["cost"] is None
@@ -195,5 +211,5 @@ def test_outcomes_are_named_as_the_metric_names_them():
     metrics = Metrics("m")
     for error in (Cancelled("x"), InvalidRequest("x")):
         metrics.ended(error, "default", 0.1)
-    found = counts.read(metrics.registry, metrics.tokens)[counts.REQUESTS]
+    found = counts.read(metrics)[counts.REQUESTS]
     assert found == {"default/cancelled": 1, "default/client_error": 1}

@@ -7,9 +7,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 
-from prometheus_client import CollectorRegistry
-
-from services.gateway.metrics import WITHIN_TARGET
+from services.gateway.metrics import WITHIN_TARGET, Metrics
 
 Counts = dict[str, dict[str, float]]
 Given = Mapping[str, Mapping[str, float]]
@@ -18,6 +16,7 @@ REQUESTS = "requests"  # by "tier/outcome"
 WITHIN = "within"  # those that kept their tier's targets, by tier
 SHED = "shed"  # by reason
 TOKENS = "tokens"  # by kind
+TENANTS = "tenants"  # tokens by tenant, prompt and completion
 RETRIES = "retries"  # by phase
 TTFT = "ttft"  # by the upper bound of the bucket in seconds; not cumulative over buckets
 GAPS = "gaps"  # the same, between tokens
@@ -32,17 +31,17 @@ LABELLED = {
     RETRIES: ("baton_retries_total", ("phase",)),
 }
 BUCKETS = {TTFT: "baton_time_to_first_token_seconds_bucket", GAPS: "baton_inter_token_latency_seconds_bucket"}
-FAMILIES = frozenset({*LABELLED, *BUCKETS, TOKENS, MOVED, SPENT, LEVELS})
+FAMILIES = frozenset({*LABELLED, *BUCKETS, TOKENS, TENANTS, MOVED, SPENT, LEVELS})
 MAX_LABELS = 128  # in a family
 
 
-def read(registry: CollectorRegistry, tokens: Mapping[str, float]) -> Counts:
-    """From a gateway's own metrics. `tokens`: by kind; the metric has them by tenant, who may be many."""
+def read(metrics: Metrics) -> Counts:
+    """A gateway's own. Tokens are not read from their metric, which has them by tenant, who may be many."""
     names = {name: family for family, (name, _) in LABELLED.items()} | {
         name: family for family, name in BUCKETS.items()
     }
-    counts: Counts = {TOKENS: dict(tokens)}
-    for metric in registry.restricted_registry(list(names)).collect():
+    counts: Counts = {TOKENS: dict(metrics.tokens), TENANTS: dict(metrics.tenants)}
+    for metric in metrics.registry.restricted_registry(list(names)).collect():
         for sample in metric.samples:
             family = names.get(sample.name)
             if family is None:

@@ -93,7 +93,7 @@ class Feed:
 
     async def report(self, now: float) -> None:
         """Count what has happened here, and tell the others."""
-        own = counts.read(self._metrics.registry, self._metrics.tokens)
+        own = counts.read(self._metrics)
         self._offset_s = MIDDLE_S - now % TICK_S
         self._figures.hear(self._settings.id, self._incarnation, own, self._figured(now), new=True)
         report = wire.Traffic(

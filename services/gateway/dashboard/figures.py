@@ -19,6 +19,7 @@ QUARTER_S = 900.0
 RATE_S = 5.0  # what "now" means for a rate
 MAX_SOURCES = 1280  # gateways and stores
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+BUSIEST = 3  # tenants
 FAILED = ("shed", "error")  # these and `ok` are what goodput is a share of: the others are the client's doing
 
 
@@ -169,6 +170,7 @@ class Figures:
             "goodput_by_tier": {tier: _goodput(total, tier) for tier in sorted(_tiers(total))},
             "hits": _hits(total),
             "cost": _cost(total),
+            "tenants": _busiest(total),
         }
 
 
@@ -227,6 +229,14 @@ def _cost(total: Counts) -> dict[str, float | None] | None:
         "per_million_tokens": _short(spent / both * 1e6) if both else None,
         "per_request": _short(spent / served) if served else None,
     }
+
+
+def _busiest(total: Counts) -> dict[str, float]:
+    """Shares of all tokens."""
+    tenants = total.get(counts.TENANTS, {})
+    whole = sum(tenants.values())
+    busiest = sorted(tenants, key=lambda name: -tenants[name])[:BUSIEST]
+    return {name: round(tenants[name] / whole, 4) for name in busiest} if whole else {}
 
 
 def _level(slot: Counts, name: str) -> float | None:

@@ -67,10 +67,10 @@ export class Overview {
   }
 
   showReasons(quarter) {
-    const { shed, goodput_by_tier: tiers, retries, requests } = quarter;
+    const { shed, goodput_by_tier: tiers, retries, requests, tenants } = quarter;
     const list = (entries, format) => entries.map(([name, value]) => h("li", {}, h("span", {}, name.replaceAll("_", " ")), h("b", {}, format(value))));
     const sorted = (counts) => Object.entries(counts).filter(([, value]) => value > 0).sort((one, other) => other[1] - one[1]);
-    const shown = { shed: sorted(shed), tiers: Object.entries(tiers), retries: sorted(retries), outcomes: sorted(requests) };
+    const shown = { shed: sorted(shed), tiers: Object.entries(tiers), retries: sorted(retries), outcomes: sorted(requests), tenants: Object.entries(tenants) };
     show(this.reasons, shown, () => [
       h("h3", {}, "Why requests failed"),
       h("ul", { class: "bars" },
@@ -79,7 +79,9 @@ export class Overview {
         shown.retries.length > 0 && h("li", { class: "head" }, "Jobs given to another worker"),
         list(shown.retries, number),
         shown.tiers.length > 0 && h("li", { class: "head" }, "Within targets, by tier"),
-        list(shown.tiers, share)),
+        list(shown.tiers, share),
+        shown.tenants.length > 1 && h("li", { class: "head" }, "Busiest tenants, of all tokens"),
+        shown.tenants.length > 1 && list(shown.tenants, share)),
     ]);
   }
 }

@@ -45,7 +45,28 @@ const COLUMNS = {
   gateway: [NAME, STATE, ["In flight", (row) => number(at(row, "running")), "n"], ["In line", (row) => number(at(row, "waiting")), "n"]],
 };
 
+const SLOW = 0.5;
+const LASTING = 15; // frames: what workers measure of themselves varies
+const slowFor = new Map(); // by id: in so many frames on end
+
+/** Workers that compute prompts at less than half the speed of the others in their tier: [id, share of it]. */
+function slowOnes(rows) {
+  const found = new Map();
+  for (const role of ["prefill", "decode"]) {
+    const pool = rows.filter((row) => row.role === role && row.prefill_tokens_per_s && !BAD.includes(row.state));
+    for (const row of pool) {
+      const others = pool.filter((other) => other !== row).map((other) => other.prefill_tokens_per_s).sort((one, other) => one - other);
+      const median = others[Math.floor(others.length / 2)];
+      if (median && row.prefill_tokens_per_s < SLOW * median) found.set(row.id, row.prefill_tokens_per_s / median);
+    }
+  }
+  for (const id of slowFor.keys()) if (!found.has(id)) slowFor.delete(id);
+  for (const id of found.keys()) slowFor.set(id, (slowFor.get(id) ?? 0) + 1);
+  return new Map([...found].filter(([id]) => slowFor.get(id) > LASTING));
+}
+
 function speed(row) {
+  if (row.slow) return h("span", { class: "warn" }, `slow: ${number(row.prefill_tokens_per_s)} tok/s`);
   if (row.role === "prefill" && row.prefill_tokens_per_s) return `${number(row.prefill_tokens_per_s)} tok/s`;
   return row.step_ms ? `${number(row.step_ms)} ms/step` : "";
 }
@@ -66,12 +87,12 @@ function common(rows) {
 }
 
 function tile(row, skip) {
-  const bad = row.state !== "ready";
+  const bad = row.state !== "ready" || row.slow;
   const part = row.role === "kv" ? slots(row).held : load(row);
-  const text = bad ? row.state : row.role === "kv" ? share(part) : row.role === "gateway" ? number(at(row, "running")) : `${at(row, "running")}/${at(row, "max_running")}`;
+  const text = bad ? (row.slow ? "slow" : row.state) : row.role === "kv" ? share(part) : row.role === "gateway" ? number(at(row, "running")) : `${at(row, "running")}/${at(row, "max_running")}`;
   const waits = at(row, "waiting") ? ` +${row.waiting}` : "";
-  const title = `${row.id}: ${row.state}, running ${at(row, "running")} of ${at(row, "max_running")}, waiting ${at(row, "waiting")}, KV ${share(at(row, "kv"))}, ${row.node || "no node"} ${speed(row)}`;
-  return h("li", { class: `is-${row.state}`, title, "data-service": row.id },
+  const title = `${row.id}: ${row.state}, running ${at(row, "running")} of ${at(row, "max_running")}, waiting ${at(row, "waiting")}, KV ${share(at(row, "kv"))}, ${row.node || "no node"}${row.slow ? ", slow" : ""}`;
+  return h("li", { class: `is-${row.slow ? "draining" : row.state}`, title, "data-service": row.id },
     h("p", {}, h("span", { class: "id" }, row.id.slice(skip)), h("span", { class: row.state === "lost" ? "bad" : "" }, text + (bad ? "" : waits))),
     row.role !== "gateway" && bar([part]), ["prefill", "decode"].includes(row.role) && bar([at(row, "kv"), "second"]));
 }
@@ -89,7 +110,8 @@ function summary(role, rows) {
 }
 
 export function services(frame) {
-  const rows = frame.services;
+  const slow = slowOnes(frame.services);
+  const rows = frame.services.map((row) => (slow.has(row.id) ? { ...row, slow: true } : row));
   const groups = ["prefill", "decode", "kv", "gateway"].map((role) => {
     const members = rows.filter((row) => row.role === role);
     return [role, [...members.filter((row) => BAD.includes(row.state)), ...members.filter((row) => !BAD.includes(row.state))]];
@@ -101,5 +123,5 @@ export function services(frame) {
   const back = rows.filter((row) => row.gone_s !== undefined).sort((one, other) => one.gone_s - other.gone_s)[0];
   const health = $("#health");
   health.className = lost.length || !frame.bus ? "bad" : "warn";
-  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : back ? `${back.id} was lost ${ago(back.gone_s)} ago and began anew` : "";
+  health.textContent = !frame.bus ? "the bus is away" : lost.length ? `lost: ${lost.slice(0, 4).join(", ")}${lost.length > 4 ? ` and ${lost.length - 4} more` : ""}` : back ? `${back.id} was lost ${ago(back.gone_s)} ago and began anew` : slow.size ? [...slow].map(([id, part]) => `${id} computes prompts at ${share(part)} of the speed of the others`).slice(0, 2).join("; ") : "";
 }
