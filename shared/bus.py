@@ -168,6 +168,10 @@ class Bus:
 
         return await self._client.subscribe(subject, cb=on_message)
 
+    async def round_trip(self) -> None:
+        """To the server and back, once."""
+        await self._client.flush(timeout=5)
+
     async def flush(self) -> None:
         """Until the server has seen everything sent so far, e.g. that a subscription is in place."""
         # nats-py writes its PING before what it has in its buffer; that goes out while the first PONG is awaited.

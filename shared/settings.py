@@ -158,6 +158,7 @@ class KvSettings(CommonSettings, frozen=True, kw_only=True):
     peer_host: str = "127.0.0.1"  # where other nodes' stores are listened to
     peer_port: Port = 0
     peer_address: str = ""  # host, or host:port, as other nodes reach it; empty: peer_host
+    peer_tls: Switch = "off"  # on: with tls_ca, tls_cert and tls_key, which every store then needs
     peer_s: Annotated[float, msgspec.Meta(ge=0.1)] = 2.0  # a peer that is silent or takes nothing for so long has gone
 
 

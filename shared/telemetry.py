@@ -79,6 +79,8 @@ def start_logs(service: str, instance: str, *, log_format: str = "human", level:
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "nats", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # One line for a batch that is lost; none for each try.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
 
 
 def log_fields(log: logging.Logger, message: str, fields: Mapping[str, object]) -> None:

@@ -98,7 +98,6 @@ class Worker:
         recorder = telemetry.start(enabled=settings.telemetry == "on")
         recorder.others = self._spans.take
         async with AsyncExitStack() as stack:
-            LoopLag(self._metrics.registry).start()
             probes = Probes(self._metrics.registry, self._why_not_ready)
             await probes.start(settings.probe_host, settings.probe_port)
             stack.push_async_callback(probes.close)
@@ -106,6 +105,7 @@ class Worker:
             stack.push_async_callback(bus.close)
             neighbours = await Neighbours.listen(bus, settings.cluster)
             engine = await self._start_engine(stack)
+            LoopLag(self._metrics.registry).start()  # loading an engine holds the loop up, and nobody waits for it yet
             await neighbours.check(served_name(settings.model, settings.served_model_name))
             kv = KvClient(settings.kv_socket, session=self._incarnation, worker=settings.id, on_unhealthy=self._fail)
             batches = Batches(
@@ -155,7 +155,11 @@ class Worker:
             EngineSettings(
                 model=settings.model,
                 revision=settings.revision,
-                args=settings.engine_args,
+                # The name in vLLM's own metrics; else it would be the model's path.
+                args={
+                    "served_model_name": served_name(settings.model, settings.served_model_name),
+                    **settings.engine_args,
+                },
                 kv_bytes=int(settings.kv_gib * BYTES_PER_GIB),
                 kv_socket=settings.kv_socket,
                 session=self._incarnation,

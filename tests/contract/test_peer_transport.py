@@ -1,16 +1,22 @@
 """What any transport between stores must do (services/kv_transfer/peers/transport.py), in memory and over TCP."""
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from services.kv_transfer.peers.channel import Secure, plain
 from services.kv_transfer.peers.frames import CHECKSUM
 from services.kv_transfer.peers.handshake import Identity
+from services.kv_transfer.peers.secure import mutual
 from services.kv_transfer.peers.tcp import TcpTransport
 from services.kv_transfer.peers.transport import Outgoing, Transport
+from shared.tls import Tls
+from tests.support.certificates import Authority
 from tests.support.memory_transport import Exchange, MemoryTransport
 from tests.support.peer_ears import Source, Target_, block_of, content_of, offer_of
 
@@ -26,8 +32,15 @@ class Pair:
     link: Outgoing
 
 
-@pytest.fixture(params=["memory", "tcp"])
-async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    authority = Authority(tmp_path_factory.mktemp("authority"))
+    own = authority.sign("any.store")
+    return Tls(ca=authority.ca, cert=own.cert, key=own.key)
+
+
+@pytest.fixture(params=["memory", "tcp", "tls"])
+async def pair(request: pytest.FixtureRequest, tls: Tls) -> AsyncIterator[Pair]:
     source, target, nobody = Source(), Target_(), Target_()
     sender: Transport
     receiver: Transport
@@ -35,17 +48,22 @@ async def pair(request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
         exchange = Exchange()
         sender, receiver = MemoryTransport(exchange, "p", nobody), MemoryTransport(exchange, "d", target)
     else:
-        sender, receiver = tcp("p", nobody), tcp("d", target)
+        secure = mutual(tls, LIMIT_S) if request.param == "tls" else plain
+        sender, receiver = tcp("p", nobody, secure), tcp("d", target, secure)
     link = sender.connect("d", receiver.address, source)
     yield Pair(source, target, sender, receiver, link)
     await sender.close()
     await receiver.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("push-", "peer", "heard-"))]
+    for thread in threading.enumerate():
+        if thread.name == "sealed":  # nobody waits for it: it ends when it hears that its link has
+            await asyncio.to_thread(thread.join, LIMIT_S)
+            assert not thread.is_alive()
 
 
-def tcp(node: str, ear: Target_) -> TcpTransport:
+def tcp(node: str, ear: Target_, secure: Secure = plain) -> TcpTransport:
     own = Identity(cluster="c", node=node, secret="s")  # noqa: S106
-    transport = TcpTransport(own, ear, limit_s=LIMIT_S, refused=lambda _: None)
+    transport = TcpTransport(own, ear, limit_s=LIMIT_S, refused=lambda _: None, secure=secure)
     transport.listen("127.0.0.1", 0)
     return transport
 
@@ -145,3 +163,21 @@ async def test_where_nobody_is_there_is_no_link(pair: Pair) -> None:
     link.offer(offer_of(0, 1))
     await ear.until(lambda: bool(ear.losses))
     assert not ear.wants
+
+
+async def test_a_peer_of_another_authority_is_not_heard(tls: Tls, tmp_path: Path) -> None:
+    stranger = Authority(tmp_path / "stranger")
+    own = stranger.sign("any.store")
+    target = Target_()
+    receiver = tcp("d", target, mutual(tls, LIMIT_S))
+    for secure in (
+        plain,
+        mutual(Tls(ca=tls.ca, cert=own.cert, key=own.key), LIMIT_S),
+        mutual(Tls(ca=stranger.ca, cert=tls.cert, key=tls.key), LIMIT_S),
+    ):
+        source, sender = Source(), tcp("p", Target_(), secure)
+        sender.connect("d", receiver.address, source)
+        await source.until(lambda source=source: bool(source.losses))
+        await sender.close()
+    await receiver.close()
+    assert target.links == []

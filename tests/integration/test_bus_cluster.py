@@ -36,7 +36,8 @@ class Servers:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         config = folder / "nats.conf"
         tls = f'tls {{ cert_file: "{pair.cert}", key_file: "{pair.key}", ca_file: "{authority.ca}" }}\n'
-        config.write_text((SHIPPED / "nats.conf").read_text() + tls)
+        config.write_bytes((SHIPPED / "nats.conf").read_bytes())
+        (folder / "tls.conf").write_text(tls)
         (folder / "users.conf").write_bytes((SHIPPED / "users.conf").read_bytes())
         password = PASSWORDS["NATS_ROUTES_PASSWORD"]
         known = ",".join(f"nats://routes:{password}@{HERE}:{route}" for route in routes)

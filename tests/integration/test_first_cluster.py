@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from loadtest.cluster.otlp import Receiver, Span
@@ -26,6 +27,7 @@ TREE = {
     "kv.load": ("kv", "decode.job"),
     "decode.first_token": ("decode", "decode.job"),
 }
+ENGINE = "llm_request"  # vLLM's own span, one in each job
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,14 @@ def test_status(cluster: Cluster) -> None:
         "gateway",
     }
     assert {service["state"] for service in status["services"]} == {"ready"}
+    assert "requests: 0 active, 0 of them waiting; ended: " in cluster.command("status").stdout
+
+
+def test_the_engines_own_metrics_are_passed_through(cluster: Cluster) -> None:
+    page = httpx.get(f"{cluster.url}/metrics", timeout=10).text
+    for worker in ("prefill", "decode"):
+        assert f'vllm:prompt_tokens_total{{service="{worker}",instance="{worker}-0",' in page
+    assert cluster.metrics("decode")['vllm:generation_tokens_total{engine="0",model_name="baton-demo"}'] > 0
 
 
 def test_one_unbroken_trace(cluster: Cluster, receiver: Receiver) -> None:
@@ -120,13 +130,15 @@ def test_one_unbroken_trace(cluster: Cluster, receiver: Receiver) -> None:
         max_tokens=4,
         extra_headers={"traceparent": f"00-{trace_id}-{span_id}-01"},
     )
-    spans = receiver.wait_for(trace_id, set(TREE))
+    found = receiver.wait_for(trace_id, {*TREE, ENGINE})
+    engines, spans = ([span for span in found if (span.name == ENGINE) is wanted] for wanted in (True, False))
     by_name: dict[str, Span] = {span.name: span for span in spans}
     assert set(by_name) == set(TREE)
     assert len(spans) == len(TREE), "a span came twice"
     for name, (service, parent) in TREE.items():
         assert by_name[name].service == service, name
         assert by_name[name].parent_id == (by_name[parent].span_id if parent else span_id), name
+    assert {span.parent_id for span in engines} == {by_name[job].span_id for job in ("prefill.job", "decode.job")}
     push, load = by_name["kv.push"], by_name["kv.load"]
     assert push.end_ns <= load.start_ns
     # The block that holds the last token may hold nothing else; then it is written and not read.

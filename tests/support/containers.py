@@ -59,16 +59,31 @@ def container_engine(folder: Path) -> Iterator[dict[str, str]]:
         )
     )
     log = folder / "dockerd.log"
-    with log.open("w") as out:
-        daemon = subprocess.Popen([program, "--config-file", config], stdout=out, stderr=out)
+    with _forwarding_as_it_was():
+        with log.open("w") as out:
+            daemon = subprocess.Popen([program, "--config-file", config], stdout=out, stderr=out)
+        try:
+            until(lambda: _answers(env) or daemon.poll() is not None, "the container engine answers", ENGINE_S)
+            assert daemon.poll() is None, log.read_text()[-2000:]
+            yield env
+        finally:
+            daemon.terminate()
+            daemon.wait(ENGINE_S)
+            shutil.rmtree(folder / "data")
+
+
+@contextlib.contextmanager
+def _forwarding_as_it_was() -> Iterator[None]:
+    """An engine turns forwarding on and, with it, refuses what is not its own; it leaves both, and its bridge."""
+    switch = Path("/proc/sys/net/ipv4/ip_forward")
+    policy = subprocess.run(["iptables", "-S", "FORWARD"], capture_output=True, text=True, timeout=60, check=True)
+    before = switch.read_text()
     try:
-        until(lambda: _answers(env) or daemon.poll() is not None, "the container engine answers", ENGINE_S)
-        assert daemon.poll() is None, log.read_text()[-2000:]
-        yield env
+        yield
     finally:
-        daemon.terminate()
-        daemon.wait(ENGINE_S)
-        shutil.rmtree(folder / "data")
+        subprocess.run(["iptables", *policy.stdout.splitlines()[0].split()], timeout=60, check=True)
+        switch.write_text(before)
+        subprocess.run(["ip", "link", "delete", "docker0"], capture_output=True, timeout=60, check=False)
 
 
 def package_index(folder: Path) -> dict[str, str]:

@@ -210,6 +210,22 @@ def test_the_users_of_nats_are_those_of_the_code() -> None:
     assert set(re.findall(r"\$(NATS_\w+)", made)) <= given
 
 
+def test_with_tls_nothing_is_said_in_plain_text() -> None:
+    overlay = "k8s/overlays/gpu"
+    for name, service in OWN.items():
+        container = pods(overlay)[name]["spec"]["containers"][0]
+        values = settings_of(overlay, container)
+        assert all(url.startswith("tls://") for url in values["BATON_NATS_URL"].split(","))
+        assert values.get("BATON_REDIS_URL", "rediss://").startswith("rediss://")
+        assert values["BATON_PEER_TLS"] == "on"
+        (mount,) = [one for one in container["volumeMounts"] if one["name"] == "tls"]
+        for key, file in (("CA", "ca.crt"), ("CERT", "tls.crt"), ("KEY", "tls.key")):
+            assert values[f"BATON_TLS_{key}"] == f"{mount['mountPath']}/{file}", service
+    (config,) = [one for one in of_kind(overlay, "ConfigMap") if one["metadata"]["name"].startswith("nats-config")]
+    assert "verify: true" in config["data"]["tls.conf"]
+    assert "--tls-port 6379" in str(pods(overlay)["redis"]["spec"]["containers"][0]["command"])
+
+
 def test_the_rules_are_those_that_were_tested() -> None:
     (rule,) = of_kind("k8s/observability", "PrometheusRule")
     assert rule["spec"] == yaml.safe_load((ROOT / "k8s/observability/prometheus/rules.yaml").read_text())

@@ -1,5 +1,6 @@
 """Which traces are kept, in how much memory, and how they are shown; spans and their headers."""
 
+import threading
 from random import Random
 
 import pytest
@@ -7,6 +8,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from services.gateway.traces import book as books
+from services.gateway.traces import export as exports
 from services.gateway.traces import view
 from services.gateway.traces.book import TraceBook
 from services.gateway.traces.export import OtlpExport, from_environment
@@ -89,7 +91,7 @@ def test_spans_that_come_before_the_end_and_after_it_are_in_the_trace():
         pass
     kept.late([remote(first)])
     assert exported == []
-    kept.keep(first.root, summary(), {"path": "split"})
+    kept.keep(first.root, summary(), lambda: {"path": "split"})
     kept.late([remote(first, "kv.load", span_id="2" * 16)])
     found = kept.find("r")
     assert {span.name for span in found.spans} == {"gateway.request", "gateway.queue", "decode.job", "kv.load"}
@@ -121,7 +123,7 @@ def test_memory_is_bounded_and_a_flood_of_refusals_leaves_the_others(monkeypatch
         first = root(maker)
         kept.begin(first)
         first.end()
-        kept.keep(first.root, summary(outcome, request), {})
+        kept.keep(first.root, summary(outcome, request), dict)
 
     for number in range(7):
         one("ok", f"ok-{number}")
@@ -269,3 +271,25 @@ def test_without_a_collector_nothing_is_exported(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "pigeon")
     with pytest.raises(SettingsError, match="pigeon"):
         from_environment()
+
+
+def test_a_dead_collector_holds_up_neither_requests_nor_the_end(monkeypatch):
+    """What waits for it is bounded by the exporter's queue, and closing by CLOSE_S: here by the wait for the event."""
+    released = threading.Event()
+
+    class Dead(SpanExporter):
+        def export(self, _):
+            released.wait(30)  # until it is shut down
+            return SpanExportResult.FAILURE
+
+        def shutdown(self):
+            released.set()
+
+    monkeypatch.setattr(exports, "CLOSE_S", 0.05)
+    export, maker = OtlpExport(Dead()), recorder()
+    first = root(maker)
+    first.end()
+    for _ in range(10_000):
+        export([spans.record(first, "gateway", "g")])
+    export.close()
+    assert released.is_set()

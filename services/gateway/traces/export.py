@@ -6,6 +6,7 @@ request's time. Without a collector named in the environment nothing is loaded.
 
 import functools
 import os
+import threading
 from collections.abc import Iterable
 
 from opentelemetry.sdk.resources import Resource
@@ -19,12 +20,14 @@ from shared.errors import SettingsError
 from shared.version import VERSION
 
 SCOPE = InstrumentationScope("baton", VERSION)
+CLOSE_S = 3.0
 KINDS = {kind.value: kind for kind in SpanKind}
 MAX_RESOURCES = 1024  # services that were heard of
 
 
 class OtlpExport:
     def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
         self._processor = BatchSpanProcessor(exporter)
 
     def __call__(self, spans: Iterable[wire.SpanRecord]) -> None:
@@ -32,8 +35,13 @@ class OtlpExport:
             self._processor.on_end(readable(span))
 
     def close(self) -> None:
-        """Send what waits; blocks for some seconds at most."""
-        self._processor.shutdown()  # type: ignore[no-untyped-call]
+        """Send what waits; blocks for CLOSE_S at most. By itself the processor would try a dead collector for 30 s."""
+        closing = threading.Thread(target=self._processor.shutdown, name="otlp-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            self._exporter.shutdown()  # ends its waits between tries
+            closing.join(1.0)
 
 
 def from_environment() -> OtlpExport | None:

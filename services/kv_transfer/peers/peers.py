@@ -6,9 +6,11 @@ from collections.abc import Callable
 from services.kv_transfer.arena import Arena
 from services.kv_transfer.metrics import KvMetrics
 from services.kv_transfer.peers.arrivals import Arrivals
+from services.kv_transfer.peers.channel import plain
 from services.kv_transfer.peers.directory import Directory
 from services.kv_transfer.peers.handshake import Identity
 from services.kv_transfer.peers.pushes import Pushes
+from services.kv_transfer.peers.secure import mutual
 from services.kv_transfer.peers.speed import Speed
 from services.kv_transfer.peers.tcp import TcpTransport
 from services.kv_transfer.store import Store
@@ -60,6 +62,7 @@ class Peers:
             limit_s=settings.peer_s,
             refused=self._metrics.refused_frame,
             received=self.speed.saw,
+            secure=mutual(settings.tls, settings.peer_s) if settings.peer_tls == "on" else plain,
         )
         transport.listen(settings.peer_host, settings.peer_port, settings.peer_address)
         self._transport = self.pushes.transport = transport

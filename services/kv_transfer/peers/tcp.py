@@ -128,6 +128,7 @@ class TcpTransport:
         host = host.strip("[]")
         family, kind, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
+        channel: Channel | None = None
         try:
             enlarge(sock)
             sock.settimeout(self._limit_s)
@@ -137,6 +138,8 @@ class TcpTransport:
             return channel, handshake.greet(channel, self._own, node)
         except BaseException as error:
             sock.close()
+            if channel is not None:
+                channel.close()  # what it was secured with
             if isinstance(error, BadFrame):
                 self._refused(error.reason)
             log.warning("kv: no link to %s at %s: %s", node, address, _shown(error))
