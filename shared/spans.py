@@ -68,6 +68,7 @@ class Span(trace.Span):
         self.events: list[tuple[str, int, dict[str, AttributeValue]]] = []
         self.error: str | None = None  # why it failed; empty: nobody said
         self._recorder = recorder
+        self.headers: dict[str, str] = {}  # W3C's, made when they are needed first
 
     @property
     def root(self) -> str:
@@ -119,6 +120,24 @@ class Span(trace.Span):
 def _span_context(trace_id: int, span_id: int, *, sampled: bool, owner: str, remote: bool) -> SpanContext:
     flags = TraceFlags(TraceFlags.SAMPLED if sampled else TraceFlags.DEFAULT)
     return SpanContext(trace_id, span_id, remote, flags, TraceState([(STATE_KEY, owner)] if owner else None))
+
+
+class Current:
+    """Within, the span is the current one; then it has ended. `use_span` of OpenTelemetry takes three times as long."""
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+        self._token: Any = None
+
+    def __enter__(self) -> Span:
+        self._token = contexts.attach(trace.set_span_in_context(self._span))
+        return self._span
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        contexts.detach(self._token)
+        if error is not None:
+            self._span.record_exception(error)
+        self._span.end()
 
 
 class Recorder(trace.Tracer):
@@ -197,6 +216,13 @@ def ours(span: trace.Span) -> Span | Parent | None:
 
 def headers(span: Span | Parent) -> dict[str, str]:
     """W3C's, for whoever goes on with the trace."""
+    if isinstance(span, Span):
+        span.headers = span.headers or _headers(span)
+        return span.headers.copy()
+    return _headers(span)
+
+
+def _headers(span: Span | Parent) -> dict[str, str]:
     found = {"traceparent": f"00-{span.trace_id:032x}-{span.span_id:016x}-{int(span.sampled):02x}"}
     if span.owner:
         found["tracestate"] = f"{STATE_KEY}={span.owner}"

@@ -1,6 +1,7 @@
 """Where the keys of a cluster are, for the commands that change them: a file or the cluster's Redis."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -14,6 +15,7 @@ from shared.access import key_file, key_table
 from shared.access.connection import AWAY, open_redis
 from shared.access.key import BadKey, Key
 from shared.settings import CommonSettings, load
+from shared.tls import Tls
 
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ def in_redis(url: str, work: Callable[[Redis], Awaitable[T]]) -> T:
     """Raises Refusal when Redis does not answer."""
 
     async def run() -> T:
-        redis = open_redis(url)
+        redis = open_redis(url, tls=_tls(os.environ))
         try:
             return await work(redis)
         finally:
@@ -93,6 +95,11 @@ def in_redis(url: str, work: Callable[[Redis], Awaitable[T]]) -> T:
         raise Refusal(f"Redis does not answer ({type(error).__name__}): see baton status") from error
     except BadKey as error:
         raise Refusal(f"the keys in Redis cannot be used: {error}") from error
+
+
+def _tls(environ: Mapping[str, str]) -> Tls:
+    """As a gateway would read it from this environment; a cluster on one machine has none."""
+    return Tls(**{part: environ.get(f"BATON_TLS_{part.upper()}", "") for part in ("ca", "cert", "key")})
 
 
 def find_store(file: str | None, record: ClusterRecord | None, environ: Mapping[str, str]) -> Store:

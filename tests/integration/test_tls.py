@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from services.gateway.__main__ import check_https
+from services.launcher.key_store import RedisStore
+from services.launcher.refusal import Refusal
 from shared import subjects, wire
 from shared.access.connection import open_redis
 from shared.bus import Bus
@@ -165,6 +167,17 @@ async def test_redis_with_a_wrong_password_or_certificate(
         async with open_redis(url, tls=tls) as redis:
             with pytest.raises(SettingsError, match=words):
                 await check_login(redis)
+
+
+async def test_commands_about_keys_reach_it_too(
+    authority: Authority, pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RedisStore(redis_url, "c")
+    with pytest.raises(Refusal, match="Redis does not answer"):
+        await asyncio.to_thread(store.read)
+    for part, path in (("CA", authority.ca), ("CERT", pair.cert), ("KEY", pair.key)):
+        monkeypatch.setenv(f"BATON_TLS_{part}", path)
+    assert await asyncio.to_thread(store.read) == []
 
 
 async def test_redis_that_is_away_is_no_reason_to_stop(tmp_path: Path) -> None:

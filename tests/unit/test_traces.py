@@ -91,7 +91,7 @@ def test_spans_that_come_before_the_end_and_after_it_are_in_the_trace():
         pass
     kept.late([remote(first)])
     assert exported == []
-    kept.keep(first.root, summary(), {"path": "split"})
+    kept.keep(first.root, summary(), lambda: {"path": "split"})
     kept.late([remote(first, "kv.load", span_id="2" * 16)])
     found = kept.find("r")
     assert {span.name for span in found.spans} == {"gateway.request", "gateway.queue", "decode.job", "kv.load"}
@@ -123,7 +123,7 @@ def test_memory_is_bounded_and_a_flood_of_refusals_leaves_the_others(monkeypatch
         first = root(maker)
         kept.begin(first)
         first.end()
-        kept.keep(first.root, summary(outcome, request), {})
+        kept.keep(first.root, summary(outcome, request), dict)
 
     for number in range(7):
         one("ok", f"ok-{number}")

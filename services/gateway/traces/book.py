@@ -31,13 +31,13 @@ class _Open:
 @dataclass(slots=True)
 class Kept:
     summary: wire.TraceSummary
-    receipt: dict[str, object]
-    spans: list[wire.SpanRecord]
+    receipt: Callable[[], dict[str, object]]
+    spans: list[Span | wire.SpanRecord]  # the gateway's own as they were made: few are ever looked at
 
 
 class TraceBook:
-    def __init__(self, gateway: str, export: Callable[[Iterable[wire.SpanRecord]], None]) -> None:
-        """`export` gets every span of a kept trace once."""
+    def __init__(self, gateway: str, export: Callable[[Iterable[wire.SpanRecord]], None] | None) -> None:
+        """`export` gets every span of a kept trace once; None: nobody wants them."""
         self.dropped = 0  # spans that came too late or were too many
         self._gateway = gateway
         self._export = export
@@ -69,6 +69,7 @@ class TraceBook:
     def late(self, spans: Iterable[wire.SpanRecord]) -> None:
         """From workers and stores, before the request's end or after it."""
         for span in spans:
+            held: list[wire.SpanRecord] | list[Span | wire.SpanRecord]
             if (trace := self._open.get(span.root)) is not None:
                 held = trace.others
             elif (kept := self._kept.get(span.root)) is not None:
@@ -82,22 +83,24 @@ class TraceBook:
             held.append(span)
             if trace is None:
                 self._spans += 1
-                self._export((span,))
+                if self._export is not None:
+                    self._export((span,))
         self._evict()
 
     def forget(self, root: str) -> None:
         self._open.pop(root, None)
 
-    def keep(self, root: str, summary: wire.TraceSummary, receipt: dict[str, object]) -> None:
-        """The request has ended, and its own spans with it."""
+    def keep(self, root: str, summary: wire.TraceSummary, receipt: Callable[[], dict[str, object]]) -> None:
+        """The request has ended, and its own spans with it. `receipt` is asked when somebody looks."""
         trace = self._open.pop(root, None)
         if trace is None:
             return
-        spans = [record(span, SERVICE, self._gateway) for span in trace.own] + trace.others
+        spans: list[Span | wire.SpanRecord] = [*trace.own, *trace.others]
         self._kept[root] = Kept(summary, receipt, spans)
         self._spans += len(spans)
         self._refused += summary.outcome in REFUSED
-        self._export(spans)
+        if self._export is not None:
+            self._export(self._records(spans))
         self._evict()
 
     def _evict(self) -> None:
@@ -120,8 +123,12 @@ class TraceBook:
         """By trace or request id; the latest of several."""
         for kept in reversed(self._kept.values()):
             if wanted in (kept.summary.trace_id, kept.summary.request_id):
-                return wire.TraceFound(summary=self._summary(kept), receipt=kept.receipt, spans=list(kept.spans))
+                spans = self._records(kept.spans)
+                return wire.TraceFound(summary=self._summary(kept), receipt=kept.receipt(), spans=spans)
         return wire.TraceFound()
+
+    def _records(self, spans: Iterable[Span | wire.SpanRecord]) -> list[wire.SpanRecord]:
+        return [record(span, SERVICE, self._gateway) if isinstance(span, Span) else span for span in spans]
 
     def _summary(self, kept: Kept) -> wire.TraceSummary:
         return msgspec.structs.replace(kept.summary, spans=len(kept.spans))

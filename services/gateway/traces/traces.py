@@ -7,12 +7,11 @@ they hold once a beat, for all requests that turned out to be worth it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import TypeVar
 
-from opentelemetry import trace
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from services.gateway.traces.book import MAX_ALL_SPANS, MAX_TRACES, TraceBook, ranked
@@ -48,14 +47,14 @@ class Traces:
         self._bus = bus
         self._others = others
         self._sampler = Sampler(settings.trace_ratio, settings.traces_per_s, Random())  # noqa: S311 - no secret
-        self._book = TraceBook(settings.id, export or (lambda _: None))
+        self._book = TraceBook(settings.id, export)
         self._wanted: list[str] = []
-        self._decided = Counter(
+        decided = Counter(
             "baton_traces", "Requests by why their trace is kept; dropped: it is not", ["kept"], registry=registry
         )
         self._lost = Counter("baton_trace_spans_lost", "Spans that came too late or were too many", registry=registry)
-        for kept in ("sampled", "error", "slow", "retried", "dropped"):
-            self._decided.labels(kept=kept)
+        kinds = ("sampled", "error", "slow", "retried", "dropped")
+        self._decided = {kept: decided.labels(kept=kept) for kept in kinds}
         Gauge("baton_traces_kept", "Traces in memory", registry=registry).set_function(lambda: len(self._book))
         Gauge("baton_trace_spans_kept", "Spans in memory", registry=registry).set_function(lambda: self._book.spans)
         self.limits = {"traces": MAX_TRACES, "trace_spans": MAX_ALL_SPANS}
@@ -71,25 +70,22 @@ class Traces:
 
     # ---- a request -------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def request(self, traceparent: str) -> Iterator[spans.Span | None]:
+    def request(self, traceparent: str) -> AbstractContextManager[spans.Span | None]:
         """Within, its root span is the current one; None: telemetry is off."""
         if not self._on:
-            yield None
-            return
+            return nullcontext()
         parent = spans.parent_of(traceparent, "")  # a client names no owner
         sampled = self._sampler.begins(asked=parent.sampled, now=time.monotonic())
         root = telemetry.recorder().request(telemetry.GATEWAY_REQUEST, self._id, parent, sampled=sampled)
         self._book.begin(root)
-        with trace.use_span(root, end_on_exit=True):
-            yield root
+        return spans.Current(root)
 
     def ended(
         self, root: spans.Span, ending: Ending, receipt: Callable[[], dict[str, object]], **shown: str | None
     ) -> None:
         """After the root's end. `shown`: request_id, tier, tenant and path of the summary."""
         kept = self._sampler.ends(ending, sampled=root.sampled, now=time.monotonic())
-        self._decided.labels(kept=kept or "dropped").inc()
+        self._decided[kept or "dropped"].inc()
         if kept is None:
             self._book.forget(root.root)
             return
@@ -109,7 +105,7 @@ class Traces:
             kept=kept,
             gateway=self._id,
         )
-        self._book.keep(root.root, summary, receipt())
+        self._book.keep(root.root, summary, receipt)
 
     async def ask_for_held(self) -> None:
         """Once a beat: of requests that were not sampled and are kept all the same."""

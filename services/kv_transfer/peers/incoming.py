@@ -42,6 +42,7 @@ from services.kv_transfer.peers.transport import Arrived, Target, TargetEar
 log = logging.getLogger(__name__)
 
 SINK_BYTES = 256 * 1024
+TELL_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class TcpIncoming:
         self._transfers: dict[int, _Transfer] = {}
         self._offered = -1
         self._arrived: list[Arrived] = []
+        self._arrived_bytes = 0  # that the loop has not been told of; of the reading thread
         self._sink = bytearray(SINK_BYTES)
 
     # ---- Incoming, on the loop -------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ class TcpIncoming:
         head_bytes, reason = bytearray(HEADER.size), "failed"
         try:
             while True:
-                self._channel.receive(head_bytes, fresh=True)
+                self._read_head(head_bytes)
                 head = self._unpacker.head(head_bytes)
                 if head.kind == BLOCK:
                     self._block(head)
@@ -128,6 +130,17 @@ class TcpIncoming:
             log.exception("kv: the link from %s failed", self.peer)
         self._channel.shut()
         self._mailbox.put(lambda: self._tell_lost(reason))
+
+    def _read_head(self, head_bytes: bytearray) -> None:
+        """The loop hears of blocks when no more are here, or many have come: it needs the interpreter, too."""
+        begun = 0
+        if self._arrived_bytes:
+            if self._arrived_bytes < TELL_BYTES:
+                begun = self._channel.begins(head_bytes)
+            if not begun:
+                self._arrived_bytes = 0
+                self._mailbox.put(self._flush)
+        self._channel.receive(memoryview(head_bytes)[begun:], fresh=not begun)
 
     def _hear(self, message: Offer | Stop | object) -> None:
         if isinstance(message, Offer):
@@ -159,7 +172,9 @@ class TcpIncoming:
         if not is_ours:
             self._refused(LATE)
         elif is_right:
-            self._tell(Arrived(head.transfer, head.position, sums))
+            self._arrived_bytes += head.size
+            with self._lock:
+                self._arrived.append(Arrived(head.transfer, head.position, sums))
         else:
             self._refused(CHECKSUM)
             self._mailbox.put(lambda: self._tell_spoiled(head.transfer, CHECKSUM))
@@ -210,13 +225,6 @@ class TcpIncoming:
             self._channel.shut()
 
     # ---- told on the loop ------------------------------------------------------------------------------------
-
-    def _tell(self, arrived: Arrived) -> None:
-        with self._lock:
-            self._arrived.append(arrived)
-            if len(self._arrived) > 1:
-                return
-        self._mailbox.put(self._flush)
 
     def _flush(self) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from services.kv_transfer.peers.channel import Channel
 from services.kv_transfer.peers.frames import (
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 RUN_BYTES = 512 * 1024
 RUN_BLOCKS = 64
+TELL_BYTES = 4 * 1024 * 1024
 
 Dial = Callable[[], tuple[Channel, Seeds]]  # may raise Bad, EOFError or OSError
 
@@ -49,6 +50,7 @@ class TcpOutgoing:
         self._queues: dict[int, deque[Block]] = {}
         self._turns: deque[int] = deque()
         self._sent: list[Block] = []
+        self._untold_bytes = 0
         self._is_over = False
         self._reason = "closed"
         self._channel: Channel | None = None
@@ -74,8 +76,7 @@ class TcpOutgoing:
             dropped = self._queues.pop(transfer, ())
             if dropped:
                 self._turns.remove(transfer)
-            for block in dropped:
-                self._has_sent(block)
+                self._has_sent(dropped)
         self._say(Stop(transfer=transfer, lost=lost))
 
     def close(self) -> None:
@@ -122,8 +123,7 @@ class TcpOutgoing:
                     parts += (packer.block(block.transfer, block.position, len(block.data), block.checksum), block.data)
                 channel.send(*parts)
                 with self._ready:
-                    for block in work:
-                        self._has_sent(block)
+                    self._has_sent(work)
             else:
                 channel.send(packer.control(work))
             if time.monotonic() >= pinged + self._ping_s:
@@ -159,16 +159,20 @@ class TcpOutgoing:
                 del self._queues[transfer]
         return taken
 
-    def _has_sent(self, block: Block) -> None:
-        """With the lock."""
-        self._sent.append(block)
-        if len(self._sent) == 1:
+    def _has_sent(self, blocks: Iterable[Block]) -> None:
+        """With the lock. The loop hears of it when nothing is left to send, or of many at once."""
+        for block in blocks:
+            self._sent.append(block)
+            self._untold_bytes += len(block.data)
+        if self._untold_bytes >= TELL_BYTES or not self._turns:
+            self._untold_bytes = 0
             self._mailbox.put(self._tell_sent)
 
     def _tell_sent(self) -> None:
         with self._ready:
             sent, self._sent = self._sent, []
-        self._ear.sent(sent)
+        if sent:
+            self._ear.sent(sent)
 
     def _give_up(self, reason: str) -> None:
         with self._ready:
