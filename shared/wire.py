@@ -427,6 +427,8 @@ def decode(data: bytes) -> AnyMessage:
 
 def pack_tokens(ids: list[int]) -> bytes:
     """Token ids as packed little-endian uint32."""
+    if len(ids) == 1:  # of most deltas
+        return ids[0].to_bytes(TOKEN_BYTES, "little")
     packed = array("I", ids)
     if sys.byteorder == "big":
         packed.byteswap()

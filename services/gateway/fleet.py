@@ -290,11 +290,17 @@ def _usable(worker: _Worker) -> bool:
 
 def _heard(worker: _Worker) -> forecast.Heard:
     seen_until = worker.backlog_at - WAY_S
-    prompts = [one for one in worker.charges if one.tokens and (one.sent_at is None or one.sent_at > seen_until)]
+    prompts = [
+        (max(one.made_at, worker.backlog_at) if one.sent_at is None else one.sent_at, one.tokens, one.jobs)
+        for one in worker.charges
+        if one.tokens
+    ]
+    unseen = [jobs for sent_at, _, jobs in prompts if sent_at > seen_until]
     return forecast.Heard(
         beat=worker.beat,
         backlog=worker.backlog,
         backlog_at=worker.backlog_at,
-        jobs=sum(one.jobs for one in worker.charges if not one.tokens) + sum(one.jobs for one in prompts),
-        prompts=[(one.made_at if one.sent_at is None else one.sent_at, one.tokens) for one in prompts],
+        jobs=sum(one.jobs for one in worker.charges if not one.tokens) + sum(unseen),
+        prompts=[(sent_at, tokens) for sent_at, tokens, _ in prompts],
+        seen_until=seen_until,
     )

@@ -17,7 +17,8 @@ class Heard:
     backlog: wire.Backlog  # of the beat, or of a fresher reply
     backlog_at: float
     jobs: int = 0  # sent, and not in its backlog yet
-    prompts: Sequence[tuple[float, int]] = ()  # those of them that are to be computed: when sent, tokens; in order
+    prompts: Sequence[tuple[float, int]] = ()  # without an answer yet: when sent, tokens; in order
+    seen_until: float = 0.0  # those sent before should be in its backlog
 
 
 def candidate(heard: Heard, expected_output: float) -> Candidate:
@@ -26,10 +27,15 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
     jobs = backlog.running + backlog.waiting + heard.jobs
     prompt_s, token_s = beat.prefill_prompt_s, 1 / beat.prefill_tokens_per_s if beat.prefill_tokens_per_s else 0.0
     tokens_until = heard.backlog_at + backlog.queued_tokens * token_s
+    prompts, alone = backlog.queued_prompts, 0.0
     for sent_at, tokens in heard.prompts:
-        tokens_until = max(tokens_until, sent_at) + tokens * token_s
+        alone = max(alone, sent_at) + tokens * token_s
+        if sent_at > heard.seen_until:
+            tokens_until = max(tokens_until, sent_at) + tokens * token_s
+            prompts += 1
+    # They are not done before they could be by themselves: where the way takes longer, its word did not know of them.
+    tokens_until = max(tokens_until, alone)
     # Those that wait are computed in one step: what a step costs by itself counts for it and for the one in work.
-    prompts = backlog.queued_prompts + len(heard.prompts)
     steps = min(2, prompts)
     over = jobs + 1 - beat.max_running if beat.max_running else 0
     step_s = beat.decode_step_s + beat.decode_sequence_s * max(0, jobs + 1 - backlog.running)

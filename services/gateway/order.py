@@ -111,6 +111,11 @@ class Order:
             heapq.heappop(tenant.entries)
         return tenant.entries[0][2]
 
+    def waits(self, tier: str, tenant: str) -> int:
+        """How many of a tenant do."""
+        known = self._tiers[tier].tenants.get(tenant)
+        return known.requests if known is not None else 0
+
     def everybody(self) -> list[Entry]:
         named = [
             item[2] for tier in self._tiers.values() for tenant in tier.tenants.values() for item in tenant.entries

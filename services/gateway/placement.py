@@ -70,6 +70,7 @@ class Rules:
     strategy: str = "predicted"  # or least_loaded: by load alone, for comparison
     local_prefill_tokens: int = 256  # auto, before speeds are known: shorter prompts are not split
     itl_s: float = inf  # target of the gap between tokens, on the decode side
+    ahead_s: float = AHEAD_S  # of its tokens' end a worker gets the next prompt, and what a step costs by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +286,7 @@ class _Choice:
         ahead_s = one.begins_at - self.now
         if ahead_s <= 0:
             return self._prompt_s(one)
-        if one.tokens_until - self.now >= AHEAD_S + one.prompt_s and self.rules.strategy == "predicted":
+        if one.tokens_until - self.now >= self.rules.ahead_s + one.prompt_s and self.rules.strategy == "predicted":
             return inf
         return ahead_s + self._prompt_s(one)
 

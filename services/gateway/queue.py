@@ -110,6 +110,10 @@ class Queue:
             return True
         return False
 
+    def waits(self, tier: str, tenant: str) -> int:
+        """How many of a tenant do."""
+        return self._order.waits(tier, tenant)
+
     def serve(self, tier: str, tenant: str, tokens: int) -> None:
         """Output counts as well, when it is known."""
         self._order.serve(tier, tenant, tokens)

@@ -11,9 +11,10 @@ from random import Random
 
 from services.gateway import admission
 from services.gateway.admission import Appointments, Correction, Speeds
+from services.gateway.crowd import Crowd
 from services.gateway.fleet import Charge, Fleet
 from services.gateway.order import Ahead
-from services.gateway.placement import AHEAD_S, Placement, Rules, other_prefiller, place
+from services.gateway.placement import Placement, Rules, other_prefiller, place
 from services.gateway.queue import Queue, Seat, Waiting
 from shared.access.key import TIERS
 from shared.errors import DeadlineInfeasible, KvMemory, NoCapacity, Refused
@@ -38,6 +39,8 @@ class Seating:
             )
             for tier, target in self._targets.items()
         }
+        self._crowded_rules = {tier: replace(rules, ahead_s=0.0) for tier, rules in self._rules.items()}
+        self._crowd = Crowd()
         # What a client reads already goes on, even if it reads a little slower.
         self._urgent_rules = replace(self._rules["default"], itl_s=float("inf"))
         self._random = Random()  # noqa: S311 - breaks ties between workers
@@ -142,18 +145,26 @@ class Seating:
     def _seat(self, waiting: Waiting) -> Seat | None:
         now, fleet = time.monotonic(), self._fleet
         avoid = {worker for worker, beats in waiting.avoid.items() if fleet.beats(worker) == beats}
-        rules = self._urgent_rules if waiting.urgent else self._rules[waiting.tier]
+        rules = self._rules_for(waiting, now)
         placement = place(fleet.pools(), waiting.wish, rules, avoid=avoid, random=self._random, now=now)
         if placement is None:
-            self._wake_later(now)
+            self._wake_later(now, rules.ahead_s)
             return None
         self._waited(waiting, now)
+        self._crowd.served(waiting.tenant, now)
         if placement.predicted_ttft_s is not None:
             # Its turn has come: is there still time?
             speeds = fleet.speeds(now, self._targets[waiting.tier].itl_s)
             self._check(waiting, speeds, self._services(placement.predicted_ttft_s), now)
         waiting.fresh, waiting.left_s, waiting.seated = False, placement.predicted_ttft_s, now
         return Seat(placement, self._charges(placement, waiting.tokens, now))
+
+    def _rules_for(self, waiting: Waiting, now: float) -> Rules:
+        if waiting.urgent:
+            return self._urgent_rules
+        if self.queue.waits(waiting.tier, waiting.tenant) > 1 and self._crowd.has_other(waiting.tenant, now):
+            return self._crowded_rules[waiting.tier]
+        return self._rules[waiting.tier]
 
     def _charges(self, placement: Placement, tokens: int, now: float) -> dict[str, Charge]:
         whole, fleet = placement.prefill is None, self._fleet
@@ -183,12 +194,12 @@ class Seating:
         alone_s = admission.empty_s(speeds, waiting.tokens)
         return admission.target_s(self._targets[waiting.tier].ttft_s, self._services(alone_s or 0.0))
 
-    def _wake_later(self, now: float) -> None:
+    def _wake_later(self, now: float, ahead_s: float) -> None:
         """A worker takes its next prompt before anything is heard of it."""
         if self._timer is not None:
             return
         pools = self._fleet.pools()
-        takes = [one.tokens_until - one.prompt_s - AHEAD_S for work in self._works for one in pools.with_room(work)]
+        takes = [one.tokens_until - one.prompt_s - ahead_s for work in self._works for one in pools.with_room(work)]
         in_s = min((at for at in takes if at >= now), default=-1.0) - now
         if in_s >= 0:
             self._timer = asyncio.get_running_loop().call_later(max(in_s, LEAST_WAKE_S), self._wake)

@@ -109,8 +109,11 @@ class Batches:
         return Stream(self, gateway, request, attempt)
 
     def columns(self, gateway: str) -> _Columns:
-        self._wake.set()
-        return self._waiting.setdefault(gateway, _Columns())
+        columns = self._waiting.get(gateway)
+        if columns is None:
+            columns = self._waiting[gateway] = _Columns()
+            self._wake.set()
+        return columns
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()

@@ -31,6 +31,8 @@ class Two:
 
     def say(self, tokens: list[int]) -> tuple[list[int], int]:
         """The tokens of the answer, which is the right one, and what was cached of the prompt."""
+        new = (len(tokens) + OUTPUT - 1) // BLOCK - len(tokens) // BLOCK
+        kept = self._kept() + new
         answer = self._client.completions.create(
             model="baton-demo",
             prompt=tokens,
@@ -41,12 +43,15 @@ class Two:
         assert answer.choices[0].text == self.oracle.expected_text(tokens, OUTPUT)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens_details is not None
-        until(self._is_told, "what was said is kept, and the index knows", KEPT_S)
+        until(lambda: self._kept() >= kept and self._is_told(), "what was said is kept, and the index knows", KEPT_S)
         said = (answer.choices[0].model_extra or {})["token_ids"]
         return list(said), answer.usage.prompt_tokens_details.cached_tokens or 0
 
     def prefill(self, name: str) -> float:
         return read_metrics(self._prefill).get(name, 0.0)
+
+    def _kept(self) -> float:
+        return sum(read_metrics(url)["baton_kv_kept_blocks_total"] for url in self._stores)
 
     def _is_told(self) -> bool:
         pages = [read_metrics(url) for url in self._stores]
@@ -65,6 +70,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         "--engine-arg=max_model_len=4096",
         "--engine-arg=enable_prefix_caching=false",  # what is found is the stores'
         BATON_PULL="always",  # whichever is faster on this machine
+        BATON_INDEX_S="5",
     ) as cluster:
         two = Two(cluster)
         for length in (200, 400, 600, 800):  # the index is asked only once it is known what a prompt costs

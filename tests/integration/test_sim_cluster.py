@@ -110,7 +110,8 @@ async def test_texts_are_the_oracles_and_the_bytes_have_moved(cluster: Cluster, 
     )
     # Decode computes the last token of each prompt itself; a block of nothing else is not loaded.
     assert moved == sum(-(-(len(one.prompt) - 1) // BLOCK) for one in asked) * SLOT_BYTES
-    assert kept == sum((len(one.prompt) + one.output - 1) // BLOCK - len(one.prompt) // BLOCK for one in asked)
+    # Not all of it, if many end at once and others wait for room.
+    assert 0 < kept <= sum((len(one.prompt) + one.output - 1) // BLOCK - len(one.prompt) // BLOCK for one in asked)
     assert written == (sum(-(-len(one.prompt) // BLOCK) for one in asked) + kept) * SLOT_BYTES
     assert cluster.metrics("decode")["baton_kv_recomputed_tokens_total"] == 0
 

@@ -43,6 +43,7 @@ class RedisServer:
         deadline = time.monotonic() + START_S
         while not self._answers():
             if time.monotonic() > deadline or self._process.poll() is not None:
+                self.stop()
                 raise RuntimeError("redis-server did not start")
             time.sleep(0.01)  # there is nothing to wait on but the socket
 

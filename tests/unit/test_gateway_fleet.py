@@ -137,6 +137,15 @@ def test_a_worker_s_word_holds_what_was_sent_long_before_it():
     assert (worker(fleet).prompts, worker(fleet).load) == (2, 2 / 8)
 
 
+def test_a_word_from_before_a_prompt_came_does_not_make_it_done():
+    """The way was longer than it should be."""
+    fleet, speed = Fleet("m"), {"prefill_tokens_per_s": 1000.0}
+    fleet.hear(beat(**speed), 0.0)
+    fleet.charge("w", jobs=1, tokens=200, now=0.1).sent_at = 0.1
+    fleet.report("w", wire.Backlog(running=1), 0.15)
+    assert worker(fleet).tokens_until == pytest.approx(0.3)
+
+
 def test_a_settled_charge_is_given_back_once(fleet):
     fleet.hear(beat(), 0.0)
     one, other = (fleet.charge("w", jobs=1, tokens=0, now=0.0) for _ in range(2))

@@ -128,3 +128,10 @@ def test_counts_are_exact_and_everybody_is_served(story):
         assert set(map(id, order.everybody())) == set(map(id, here))
     assert {id(one) for one in serve(order, len(here))} == set(map(id, here))
     assert order.first() is None
+
+
+def test_how_many_of_a_tenant_wait():
+    order = line(entry(), entry(), entry(tenant="b"), entry(tier="flex"))
+    assert [order.waits("default", tenant) for tenant in "abc"] == [2, 1, 0]
+    serve(order, 1)
+    assert order.waits("default", "a") + order.waits("default", "b") == 2

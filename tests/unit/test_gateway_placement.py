@@ -92,6 +92,8 @@ def choose(
         # Bound late: one whose tokens take longer than a step by itself is not given more.
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S)), D], {}, None),
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S), prompt_s=2 * AHEAD_S), D], {}, ("p", "d", "split")),
+        ([candidate("p", "prefill", **FAST | later(AHEAD_S / 2)), D], {}, ("p", "d", "split")),
+        ([candidate("p", "prefill", **FAST | later(AHEAD_S / 2)), D], {"ahead_s": 0.0}, None),
         # Before its speed is known a worker gets a few, or a burst would be bound before anything is.
         ([candidate("p", "prefill", prompts=AT_FIRST), D], {}, None),
         ([candidate("p", "prefill", prompts=AT_FIRST - 1), D], {}, ("p", "d", "split")),

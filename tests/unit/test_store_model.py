@@ -16,7 +16,7 @@ from services.kv_transfer.leases import Answered, HostClosed, LeaseEnded, Revoke
 from services.kv_transfer.slots import PAGE_BYTES, WORD_BYTES, SlotState
 from services.kv_transfer.store import Store
 from shared.errors import KvLost, KvMemory
-from shared.kv.messages import Attach, Commit, Geometry, Ready, Reserve, Reserved, Wait
+from shared.kv.messages import Attach, Commit, Geometry, Keep, Ready, Reserve, Reserved, Wait
 
 RANKS = 2
 BLOCKS = 6
@@ -37,8 +37,15 @@ class Held:
     words: list[int]
     committed: list[bool]
     is_over: bool = False
+    is_kept: bool = False  # ends by itself when all ranks have written it
     done: set[tuple[int, int]] = field(default_factory=set)  # (position, rank) that were committed
     stopped: set[int] = field(default_factory=set)  # ranks that will never copy under it again
+
+    def is_written(self) -> bool:
+        return all(
+            committed or all((position, rank) in self.done for rank in range(RANKS))
+            for position, committed in enumerate(self.committed)
+        )
 
 
 class Clients(RuleBasedStateMachine):
@@ -112,6 +119,22 @@ class Clients(RuleBasedStateMachine):
                 self.granted(worker, call, answer)
         self.hear()
 
+    @rule(worker=st.sampled_from(WORKERS), chain=st.sampled_from(CHAINS), length=st.integers(1, 4))
+    def keep(self, worker, chain, length) -> None:
+        if worker not in self.hosts:
+            return
+        self.serial += 1
+        call = Keep(lease=f"lease-{self.serial}", request="r", keys=chain[:length])
+        try:
+            answer = self.store.keep(worker, call, self.now)
+        except KvMemory:
+            pass
+        else:
+            as_reserve = Reserve(lease=call.lease, request="r", keys=call.keys, write=True, ttl_s=1.0)
+            self.granted(worker, as_reserve, answer)
+            self.held[call.lease].is_kept = True
+        self.hear()
+
     @precondition(lambda self: self.held)
     @rule(data=st.data(), rank=st.integers(0, RANKS - 1))
     def copy_and_commit(self, data, rank: int) -> None:
@@ -138,7 +161,7 @@ class Clients(RuleBasedStateMachine):
     def write_it_all(self, data) -> None:
         name, held = self.some_lease(data)
         positions = [p for p in range(len(held.keys)) if not held.committed[p]]
-        if held.is_over or not held.write or held.stopped or not positions:
+        if held.is_over or held.is_kept or not held.write or held.stopped or not positions:
             return
         for rank in range(RANKS):
             for slot, position in ((held.slots[p] + rank, p) for p in positions):
@@ -280,7 +303,7 @@ class Clients(RuleBasedStateMachine):
             if isinstance(event, LeaseEnded):
                 held = self.held[event.lease]
                 held.is_over = True
-                if not held.write or all(held.committed):
+                if not held.write or held.is_written():
                     held.stopped = set(range(RANKS))
             elif isinstance(event, RevokeAsked):
                 self.asked |= {(event.session, event.lease, rank) for rank in event.ranks}

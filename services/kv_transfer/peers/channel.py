@@ -8,7 +8,6 @@ call takes longer than `limit_s` without failing, also against a peer that was s
 import contextlib
 import errno
 import socket
-import ssl
 import struct
 import time
 from collections.abc import Callable
@@ -31,18 +30,11 @@ class Channel:
         """`limit_s`: how long the peer may take no byte, or not complete what it has begun to send."""
         self._limit_s = limit_s
         tune(sock, limit_s)
-        self._use(sock)
+        self._sock = sock
 
     def secure(self, secure: Secure, *, accepted: bool) -> None:
         """Before anything is said. Raises OSError."""
-        self._use(secure(self._sock, accepted))
-
-    def _use(self, sock: socket.socket) -> None:
-        self._sock = sock
-        # A TLS socket takes neither flags nor several parts at once.
-        self._is_plain = not isinstance(sock, ssl.SSLSocket)
-        self._receive_flags = socket.MSG_WAITALL if self._is_plain else 0
-        self._now_flags = socket.MSG_DONTWAIT if self._is_plain else 0
+        self._sock = secure(self._sock, accepted)
 
     def receive(self, view: memoryview | bytearray, *, fresh: bool = False) -> None:
         """Fill it. Raises BadFrame, OSError, or EOFError where the peer may close: at a `fresh` frame."""
@@ -51,7 +43,7 @@ class Channel:
         until = time.monotonic() + self._limit_s
         while got < wanted:
             try:
-                count = self._sock.recv_into(view[got:], wanted - got, self._receive_flags)
+                count = self._sock.recv_into(view[got:], wanted - got, socket.MSG_WAITALL)
             except OSError as error:
                 raise _judged(error) from error
             if count == 0:
@@ -64,8 +56,6 @@ class Channel:
 
     def begins(self, view: bytearray) -> int:
         """What has come of a frame so far, 0 if nothing has; does not wait. Raises BadFrame, OSError or EOFError."""
-        if not self._is_plain:
-            return 0
         try:
             count = self._sock.recv_into(view, len(view), socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -80,7 +70,7 @@ class Channel:
         until = time.monotonic() + self._limit_s
         while left:
             try:
-                count = self._sock.sendmsg(left) if self._is_plain else self._sock.send(left[0])
+                count = self._sock.sendmsg(left)
             except OSError as error:
                 raise _judged(error) from error
             sent = 0
@@ -96,7 +86,7 @@ class Channel:
     def send_now(self, data: bytes) -> None:
         """From a thread that must not wait: a peer that has left no room for a few bytes does not read any more."""
         try:
-            sent = self._sock.send(data, self._now_flags)
+            sent = self._sock.send(data, socket.MSG_DONTWAIT)
         except OSError as error:
             raise _judged(error) from error
         if sent < len(data):

@@ -22,6 +22,7 @@ from shared.errors import KvLost
 log = logging.getLogger(__name__)
 
 MAX_PUSHES = 4096
+SEND_BLOCKS = 32
 FIRST_BACKOFF_S = 0.1
 LAST_BACKOFF_S = 5.0
 
@@ -215,6 +216,9 @@ class _Link:
             blocks.append(Block(push.transfer, position, data, checksum))
             push.blocks += 1
             push.size_bytes += len(data)
+            if len(blocks) == SEND_BLOCKS:  # the first go out while the others are looked up
+                self.outgoing.send(blocks)
+                blocks = []
         self.outgoing.send(blocks)
 
     def _forget(self, push: _Push) -> None:
