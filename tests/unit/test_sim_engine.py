@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from shared import wire
-from shared.errors import EngineFailed, InvalidRequest, SettingsError, UnsupportedParameter
+from shared.errors import EngineFailed, InvalidRequest, KvMismatch, SettingsError, UnsupportedParameter
 from shared.kv.blocks import block_keys
 from shared.kv.client import KvClient
 from shared.worker.engine import EngineDelta, EngineRequest, KvPlan
@@ -160,6 +160,22 @@ async def test_no_block_is_in_the_store_before_it_is_computed(tmp_path: Path) ->
         finally:
             await client.close()
             await engine.close()
+
+
+async def test_an_engine_of_another_shape_is_refused_and_both_shapes_are_named(tmp_path: Path) -> None:
+    def settings(worker: str, block_size: int) -> SimSettings:
+        args = {"max_model_len": 1024, "block_size": block_size}
+        return SimSettings(model=DEMO, args=args, kv_socket=path, session=worker, worker=worker)
+
+    with store_in_a_thread(tmp_path, size_bytes=1 << 24) as path:
+        first = await SimEngine.start(settings("prefill-0", 32), CollectorRegistry())
+        try:
+            with pytest.raises(
+                KvMismatch, match=r"decode-0 has \[.*block_size 64.*serves \[.*block_size 32.*prefill-0"
+            ):
+                await SimEngine.start(settings("decode-0", 64), CollectorRegistry())
+        finally:
+            await first.close()
 
 
 async def test_nobody_hangs_when_it_is_closed() -> None:
