@@ -8,6 +8,7 @@ import time
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -23,7 +24,7 @@ from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
 from services.gateway.journey import Journey
 from services.gateway.traces.routes import add_routes
-from shared.errors import BatonError, RequestError
+from shared.errors import BatonError, InvalidRequest, RequestError
 from shared.version import VERSION
 
 CHAT = "/v1/chat/completions"
@@ -114,6 +115,7 @@ def rest(gateway: Gateway) -> FastAPI:
     document.describe(app, gateway.model, keyed=bool(gateway.settings.keys))
     app.add_exception_handler(BatonError, _baton_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
     return app
 
 
@@ -149,3 +151,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     return response
+
+
+async def _query_error(request: Request, error: Exception) -> Response:
+    """A parameter in a query that is not what it should be; the hot routes read theirs themselves."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    param = str(first["loc"][-1])
+    return await _baton_error(request, InvalidRequest(f"{param}: {first['msg']}", param=param))

@@ -252,3 +252,5 @@ async def test_traces_are_listed_and_kept_by_no_cache(cluster):
         assert {"gateway.request", "gateway.queue"} <= {span["name"] for span in one.json()["spans"]}
         assert listed.headers["cache-control"] == one.headers["cache-control"] == "no-store"
         assert (await client.get("/dashboard/traces/nobody")).status_code == 404
+        refused = await client.get("/dashboard/traces?order=fastest")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "order")

@@ -7,13 +7,14 @@ is the same all the same.
 
 import asyncio
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster, read_metrics, running_cluster
 from tests.support.exact import (
     BLOCK,
     ENGINE,
@@ -100,7 +101,11 @@ async def run_phase(cluster: Cluster, proxy: Path, phase: str) -> tuple[list[lis
 
 def counted(cluster: Cluster) -> dict[str, float]:
     """Of both nodes and all workers, what a phase is measured by."""
-    stores, decode, prefill = (cluster.metrics(role) for role in ("kv", "decode", "prefill"))
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for service in cluster.status()["services"]:
+        if service["metrics_url"]:
+            found[service["role"]].update(read_metrics(service["metrics_url"]))
+    stores, decode, prefill = (found[role] for role in ("kv", "decode", "prefill"))
     failed = [value for name, value in stores.items() if name.startswith("baton_kv_failed_transfers_total")]
     return {
         "moved": stores['baton_kv_moved_bytes_total{path="peer"}'],

@@ -178,6 +178,7 @@ async def test_a_killed_store_is_cleaned_up_by_the_next_and_redis_is_not_needed(
         ({"shm_dir": "/nowhere"}, "shm_dir"),
         ({"kv_socket": "/proc/kv.sock"}, "kv_socket"),
         ({"surprise": 1}, "surprise"),
+        ({"peer_tls": "on", "peer_secret": "x"}, "setting 'tls_ca'"),
     ],
 )
 async def test_bad_configuration_is_one_line_and_exit_2(

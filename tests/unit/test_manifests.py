@@ -1,7 +1,10 @@
 """The Kubernetes manifests: valid by their schemas, and true of the code."""
 
 import inspect
+import os
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -263,3 +266,25 @@ def test_the_monitor_finds_the_pods_and_their_port() -> None:
 def test_a_node_of_kubernetes_may_have_dots() -> None:
     values = {"BATON_NODE": "ip-10-0-0-1.ec2.internal", "BATON_KV_SOCKET": "/x", "BATON_ID": "kv-0"}
     assert load(KvSettings, values).node == "ip-10-0-0-1-ec2-internal"
+
+
+def test_weights_are_copied_once_and_whole(tmp_path: Path) -> None:
+    """The init container's own script, in folders of the test's own."""
+    (init,) = [one for one in pods("k8s/overlays/gpu")["decode"]["spec"]["initContainers"] if one["name"] == "weights"]
+    model = settings_of("k8s/overlays/gpu", init)["BATON_MODEL"]
+    published, cache = tmp_path / "published", tmp_path / "cache"
+    version = model.removeprefix("/models/")
+    (published / version / "sub").mkdir(parents=True)
+    (published / version / "config.json").write_text("{}")
+    (published / version / "sub" / "weights").write_bytes(b"w" * 1000)
+    cache.mkdir()
+    words = [word.replace("/cache/", f"{cache}/").replace("/published/", f"{published}/") for word in init["command"]]
+    environ = {"PATH": os.environ["PATH"], "BATON_MODEL": model}
+    both = [subprocess.Popen(words, env={**environ, "HOSTNAME": f"decode-{n}"}) for n in range(2)]
+    assert [one.wait(timeout=30) for one in both] == [0, 0]
+    assert (cache / version / "sub" / "weights").read_bytes() == b"w" * 1000
+    assert [path.name for path in (cache / version).parent.iterdir()] == [Path(version).name]
+    # Another start finds it, and asks the claim for nothing.
+    (published / version / "config.json").unlink()
+    assert subprocess.run(words, env={**environ, "HOSTNAME": "decode-2"}, check=False, timeout=30).returncode == 0
+    assert (cache / version / "config.json").exists()
