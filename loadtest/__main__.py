@@ -8,6 +8,7 @@ from loadtest import report
 from loadtest.cluster import compare, fairness, handoff, model, overload, scale, soak
 from loadtest.load import run
 from loadtest.micro import connectors, eviction, gateway, kv, placement
+from loadtest.planning import plan
 from loadtest.profiling import profile
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str]] = {
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "fairness": (fairness.add_arguments, fairness.run, "what one tenant's flood costs another one's first token"),
     "scale": (scale.add_arguments, scale.run, "throughput against the workers of one tier, the other one fixed"),
     "soak": (soak.add_arguments, soak.run, "mixed load for an hour: right texts, flat memory"),
+    "plan": (plan.add_arguments, plan.run, "how many workers of each tier a load needs, from a profile's step times"),
     "model": (model.add_arguments, model.run, "make a random model with a KV cache of a chosen size"),
     "profile": (profile.add_arguments, profile.run, "measure engine step times and fit a profile for the sim engine"),
 }

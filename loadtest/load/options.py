@@ -155,25 +155,26 @@ def checked(args: argparse.Namespace) -> Options:
 
 def source(options: Options) -> Source:
     """What is to be said. Raises SettingsError."""
-    path = workload.find(options.load)
+    return find_source(options.load, options.window, seed=options.seed, api=options.api, think_s=options.think_s)
+
+
+def find_source(
+    name: str, window: trace.Window, *, seed: int = 0, api: Api | None = None, think_s: float | None = None
+) -> Source:
+    """A workload or a trace, shipped or by path. Raises SettingsError."""
+    path = workload.find(name)
     if path is not None:
-        if options.window != trace.Window(length_scale=options.window.length_scale):
+        if window != trace.Window(length_scale=window.length_scale):
             raise SettingsError("--time-scale, --start-minute, --minutes: only for a trace")
-        change = workload.Change(
-            seed=options.seed,
-            length_scale=options.window.length_scale,
-            api=options.api,
-            think_s=options.think_s,
+        return workload.load(
+            path, workload.Change(seed=seed, length_scale=window.length_scale, api=api, think_s=think_s)
         )
-        return workload.load(path, change)
-    path = trace.find(options.load)
+    path = trace.find(name)
     if path is not None:
-        return trace.TraceSource(
-            _name(path), trace.read(path), options.window, options.api or "completions", options.think_s or 0.0
-        )
+        return trace.TraceSource(_name(path), trace.read(path), window, api or "completions", think_s or 0.0)
     known = ", ".join([*workload.shipped(), *trace.shipped()])
     raise SettingsError(
-        f"{options.load}: no such workload or trace; there are {known}, or give a path (.yaml, .jsonl, .csv, .gz)"
+        f"{name}: no such workload or trace; there are {known}, or give a path (.yaml, .jsonl, .csv, .gz)"
     )
 
 
