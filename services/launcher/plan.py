@@ -227,9 +227,6 @@ def _workers(
     processes = []
     for (role, worker_id), node, port, core_list, gpu in zip(ids, nodes, ports, cores, gpus, strict=True):
         engine_args = dict(options.engine_args)
-        if not machine.gpus and not is_sim:
-            # torch.compile doubles the time to ready on a CPU (40 s instead of 17) and gains little there.
-            engine_args.setdefault("enforce_eager", True)
         if gpu_memory and "gpu_memory_utilization" not in engine_args:
             engine_args["gpu_memory_utilization"] = gpu_memory
         values = {**given, **_node(place, node), "engine_args": engine_args}

@@ -38,10 +38,9 @@ class Shape:
 
 SHAPES = {
     "tensor": Shape({"tensor_parallel_size": 2, "dtype": "float32"}, 2, BLOCK * TOKEN_VALUES * 4 // 2),
-    # Slots are as long as the longer stage needs. On a CPU vLLM 0.32 forgets to make what stages hand each other when
-    # nothing at all is compiled (`enforce_eager`).
+    # Slots are as long as the longer stage needs.
     "pipeline": Shape(
-        {"pipeline_parallel_size": 2, "dtype": "float32", "compilation_config": {"backend": "eager"}},
+        {"pipeline_parallel_size": 2, "dtype": "float32"},
         2,
         BLOCK * TOKEN_VALUES * 4 * 3 // LAYERS,
         layers="1,3",
@@ -80,7 +79,6 @@ async def start(model: Path, socket: str, *, name: str = "one", **arguments: Any
                 "max_model_len": MAX_LEN,
                 "block_size": BLOCK,
                 "enable_prefix_caching": False,
-                **({} if "compilation_config" in arguments else {"enforce_eager": True}),
                 **arguments,
             },
             kv_bytes=1 << 26,

@@ -74,7 +74,7 @@ def test_every_service_reads_the_settings_that_were_planned() -> None:
         msgspec.structs.asdict(resolved(one(made, name))) for name in ("gateway-0", "decode-0", "kv-0")
     )
     assert (gateway["queue_s"], gateway["port"], gateway["cluster"]) == (3.0, 8123, "baton-8123")
-    assert (worker["lease_s"], worker["engine_args"]) == (60.0, {"dtype": "float32", "enforce_eager": True})
+    assert (worker["lease_s"], worker["engine_args"]) == (60.0, {"dtype": "float32"})
     assert worker["kv_socket"] == kv["kv_socket"] == "/run/x/node-0.sock"
     assert gateway["redis_url"] == worker["redis_url"] == kv["redis_url"] == "unix:///run/x/redis.sock"
     assert gateway["nats_url"] == "nats://127.0.0.1:20000"
