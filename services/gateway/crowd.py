@@ -1,7 +1,8 @@
-"""Which tenants were served of late: who has a line of its own gets no head start while another is there. Pure.
+"""Which tenants without a line were served of late: beside them, who has one gets no head start. Pure.
 
 What is bound ahead of its time is out of the line: nobody can pass it any more, and a tenant that asks one at a time
-would find a prompt of the other's before it at every worker. Invariant: what is remembered is bounded.
+would find a prompt of the other's before it at every worker. Tenants that all have lines take turns as it is, and keep
+the head start. Invariant: what is remembered is bounded.
 """
 
 ACTIVE_S = 2.0  # since it was served last

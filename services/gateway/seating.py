@@ -151,7 +151,8 @@ class Seating:
             self._wake_later(now, rules.ahead_s)
             return None
         self._waited(waiting, now)
-        self._crowd.served(waiting.tenant, now)
+        if not self._has_line(waiting):
+            self._crowd.served(waiting.tenant, now)
         if placement.predicted_ttft_s is not None:
             # Its turn has come: is there still time?
             speeds = fleet.speeds(now, self._targets[waiting.tier].itl_s)
@@ -162,9 +163,13 @@ class Seating:
     def _rules_for(self, waiting: Waiting, now: float) -> Rules:
         if waiting.urgent:
             return self._urgent_rules
-        if self.queue.waits(waiting.tier, waiting.tenant) > 1 and self._crowd.has_other(waiting.tenant, now):
+        if self._has_line(waiting) and self._crowd.has_other(waiting.tenant, now):
             return self._crowded_rules[waiting.tier]
         return self._rules[waiting.tier]
+
+    def _has_line(self, waiting: Waiting) -> bool:
+        """Whether its tenant waits with more than this one."""
+        return self.queue.waits(waiting.tier, waiting.tenant) > 1
 
     def _charges(self, placement: Placement, tokens: int, now: float) -> dict[str, Charge]:
         whole, fleet = placement.prefill is None, self._fleet

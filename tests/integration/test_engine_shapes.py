@@ -55,11 +55,13 @@ async def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     model = make_sensitive_model(folder / "model", max_model_len=MAX_LEN)
     if shape.layers:
         os.environ["VLLM_PP_LAYER_PARTITION"] = shape.layers
+    before = shared_names()
     with store_in_a_thread(folder) as socket:
         try:
             engine = await start(model, socket, **shape.arguments)
         finally:
             os.environ.pop("VLLM_PP_LAYER_PARTITION", None)
+        assert shared_names() <= before, "what ranks share would outlive a killed engine"
         client = KvClient(socket, session="one", worker="one")
         try:
             attached = await client.connect()
@@ -68,6 +70,10 @@ async def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         finally:
             await client.close()
             await engine.close()
+
+
+def shared_names() -> set[Path]:
+    return set(Path("/dev/shm").glob("vllm_dist_*"))
 
 
 async def start(model: Path, socket: str, *, name: str = "one", **arguments: Any) -> VllmEngine:

@@ -51,6 +51,7 @@ async def test_who_has_a_line_gets_nothing_ahead_beside_another():
         await asyncio.sleep(0)
         ahead = [seating._rules_for(one, 1.0).ahead_s for one in lines]
         assert ahead == [AHEAD_S] * 3
+        assert [seating._has_line(one) for one in lines] == [True, True, False]
         for tenant in ("flood", "single"):
             seating._crowd.served(tenant, 1.0)
         assert [seating._rules_for(one, 1.0).ahead_s for one in lines] == [0.0, 0.0, AHEAD_S]

@@ -16,6 +16,7 @@ import torch
 
 from services.kv_transfer.connector.device_pages import DevicePages, Snapshot, pin_arena
 from services.kv_transfer.connector.fingerprint import geometry_of
+from services.kv_transfer.connector.lifeline import unlink_names
 from services.kv_transfer.connector.pages import HostPages, layers_of
 from shared.errors import BatonError, KvMemory
 from shared.kv.copier import Copier
@@ -77,6 +78,7 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Attach to the store. Raises KvMismatch or KvLost, which stops the engine's start with a clear line."""
+        unlink_names()
         layers = layers_of(kv_caches)
         pages: HostPages | DevicePages = DevicePages(layers) if _is_cuda(self._vllm_config) else HostPages(layers)
         self._device_pages = pages if isinstance(pages, DevicePages) else None
