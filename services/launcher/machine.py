@@ -76,7 +76,10 @@ def hold_port(host: str, port: int) -> socket.socket:
     holder = socket.socket(family, socket.SOCK_STREAM)
     try:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Beside what a gateway with the port to itself left in TIME_WAIT, and then beside nobody who does not share.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind((host, port))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError:
         holder.close()
         raise

@@ -257,8 +257,12 @@ def test_a_second_cluster_on_the_port_is_refused(cluster: Cluster, tmp_path: Pat
 
 
 def test_a_held_port_is_only_for_those_who_share() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with listen("127.0.0.1", 0, setting="port") as alone:
+        alone.listen()
+        port = alone.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as client:
+            alone.accept()[0].close()  # what it leaves in TIME_WAIT does not keep those away who share
+            assert client.recv(1) == b""
     with hold_port("127.0.0.1", port):
         assert port_taken("127.0.0.1", port) == "Address already in use"
         with pytest.raises(SettingsError, match="'port': cannot listen on"):
