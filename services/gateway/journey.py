@@ -174,7 +174,7 @@ class Journey:
         )
         trace.get_current_span().set_attribute("baton.tier", self._tier)
         packed = [wire.pack_tokens(tokens) for tokens in named.values()]
-        salt = self._client.salt(settings.tenant_secret)
+        salt = self._client.salt(settings.tenant_secret, body.cache_salt or "")
         hits = [await gateway.prefixes.hits(tokens, salt) for tokens in packed]
         return Asked(body=body, prompts=list(prompts.values()), limits=limits, packed=packed, salt=salt, hits=hits)
 

@@ -105,6 +105,26 @@ async def test_tenants_share_no_kv_blocks(keyed):
         assert decode.jobs[0].salt not in {one, three, b""}
 
 
+async def test_a_client_s_own_salt_divides_its_tenant_s_blocks_and_reaches_no_other_s(keyed):
+    keyed.add("one", tenant="a")
+    keyed.add("three", tenant="b")
+    async with keyed.gateway() as running:
+        (decode,) = await keyed.cluster.add(running, "decode-0")
+        for name, own in (("one", None), ("one", "x"), ("one", "x"), ("one", "y"), ("three", "x")):
+            await ask(keyed.client(running, name), extra_body={"cache_salt": own} if own else {})
+        plain, x, again, y, other = (job.salt for job in decode.jobs)
+        assert x == again
+        assert len({plain, x, y, other}) == 4
+        assert all(len(salt) == 16 for salt in (x, y, other))
+    async with keyed.cluster.gateway() as running:  # without keys
+        await running.until(lambda gateway: gateway.fleet.beats("decode-0"))
+        for own in (None, "x", "y"):
+            await ask(running.client, extra_body={"cache_salt": own} if own else {})
+        salts = [job.salt for job in decode.jobs[5:]]
+        assert salts[0] == b""
+        assert len(set(salts)) == 3
+
+
 async def test_no_body_is_read_of_a_stranger(keyed):
     async with keyed.gateway() as running, asyncio.timeout(WAIT_S):
         await keyed.cluster.add(running, "decode-0")  # by then the server listens

@@ -53,6 +53,7 @@ LIMITS = {
             "MAX_ROWS",
             "MAX_ROW_BYTES",
             "MAX_LOGPROBS",
+            "MAX_SALT",
             "MAX_STOPS",
             "MAX_BIASES",
             "MAX_WORDS",

@@ -20,6 +20,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 4
 MAX_BIASES = 300
 MAX_WORDS = 300  # bad_words, and stop_token_ids
+MAX_SALT = 1024
 MAX_INT = 2**31 - 1  # what engines keep counts in
 MAX_ID_DIGITS = 10
 
@@ -132,6 +133,7 @@ class Body(BaseModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = None  # vLLM's extension
     service_tier: Literal["auto", "priority", "default", "flex"] | None = None
 
     @field_validator("stop")
