@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from loadtest.cluster.otlp import Receiver
-from tests.support.cluster import Cluster, free_port, running_cluster
+from tests.support.cluster import Cluster, free_port, read_metrics, running_cluster
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -103,6 +103,14 @@ def known(text: str) -> set[str]:
     return families | {
         re.split(r"[{ ]", line, maxsplit=1)[0] for line in text.splitlines() if line[:1] not in ("", "#")
     }
+
+
+def test_every_service_measures_its_loop_and_its_way_to_the_bus(cluster):
+    pages = {one["id"]: one["metrics_url"] for one in cluster.status()["services"] if one["metrics_url"]}
+    assert {"gateway-0", "gateway-1", "prefill-0", "decode-0", "kv-0"} <= set(pages)
+    for service, page in pages.items():
+        for name in ("baton_event_loop_lag_seconds_count", "baton_bus_round_trip_seconds_count"):
+            until(lambda page=page, name=name: read_metrics(page).get(name), f"{service}: {name}")
 
 
 def test_promtool_accepts_every_page(cluster):
