@@ -155,7 +155,7 @@ def sizes(cluster: Cluster, gateways: list[str]) -> dict[str, tuple[float, float
     """Process -> (tasks, open descriptors)."""
     urls = {s["id"]: s["metrics_url"] for s in cluster.status()["services"] if s["role"] in ("kv", "prefill", "decode")}
     urls |= {f"gateway-{number}": url for number, url in enumerate(gateways)}
-    metrics = {name: read_metrics(url) for name, url in urls.items()}
+    metrics = {name: read_metrics(url, name) for name, url in urls.items()}
     return {name: (m["baton_tasks"], m["process_open_fds"]) for name, m in metrics.items()}
 
 

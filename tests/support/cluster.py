@@ -98,12 +98,15 @@ class Cluster:
 WHOSE = re.compile(r'.*service="(?!gateway)[a-z]+".*|service="gateway",instance="[^"]*",?')
 
 
-def read_metrics(url: str) -> dict[str, float]:
+def read_metrics(url: str, instance: str = "") -> dict[str, float]:
+    """Of one service. `instance`: of several gateways, whose pages have them all; without it, their sum."""
     url = url if url.endswith("/metrics") else f"{url}/metrics"
     with urllib.request.urlopen(url, timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     samples: dict[str, float] = {}
     for line in lines:
+        if instance and 'service="gateway"' in line and f'instance="{instance}"' not in line:
+            continue
         if line and line[0] != "#" and (own := WHOSE.sub("", line)):
             name, _, value = own.replace("{}", "").rpartition(" ")
             samples[name] = samples.get(name, 0.0) + float(value)
