@@ -96,12 +96,12 @@ class CopyThread:
             except Exception as error:  # noqa: BLE001 - one broken copy must not stop the rest
                 _explain(copy, error)
                 ended.append(Copied(copy, {page.block_id for page in copy.pages}))
-        self._tell(ended)
+        # Before the engine hears of it, as vLLM's connector does: its request may end, and its lease with it.
         for told, refusal in zip(reports, self._client.report(reports), strict=True):
             if refusal is not None:
                 what = "not committed" if isinstance(told, Commit) else "load not counted"
                 log.warning("kv: %s: %s", what, refusal.message)
-        self._tell(saves)
+        self._tell([*ended, *saves])
 
     def _tell(self, ended: list[Copied]) -> None:
         if not ended:
