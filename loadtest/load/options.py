@@ -55,12 +55,17 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         return described
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_load(parser: argparse.ArgumentParser) -> None:
+    """What `find_source` takes."""
     parser.add_argument(
         "load",
         metavar="WORKLOAD|TRACE",
         help=f"workload {', '.join(workload.shipped())}; trace {', '.join(trace.shipped())}; or a path",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_load(parser)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000")
     add("--out", type=Path, required=True, metavar="DIR", help="where result.json goes")

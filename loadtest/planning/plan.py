@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from loadtest.load import arrivals, trace, workload
+from loadtest.load import arrivals, trace
 from loadtest.load.conversation import Source
-from loadtest.load.options import find_source
+from loadtest.load.options import add_load, find_source
 from loadtest.load.progress import say
 from loadtest.planning.demand import Demand, demands
 from loadtest.planning.fleet import Fleet, Served, serve
@@ -47,11 +47,7 @@ class Planned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "load",
-        metavar="WORKLOAD|TRACE",
-        help=f"workload {', '.join(workload.shipped())}; trace {', '.join(trace.shipped())}; or a path",
-    )
+    add_load(parser)
     add = parser.add_argument
     add("--profile", required=True, help=f"step times: {', '.join(shipped())}, or a file of `loadtest profile`")
     add("--rate", type=float, help="requests (with turns: sessions) a second; a trace has its own")

@@ -8,7 +8,7 @@ connection ends; only a block whose bytes are wrong leaves it in order.
 """
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 import xxhash
@@ -114,6 +114,8 @@ class Pong(Control, frozen=True):
 FromSource = Offer | Stop | Ping
 FromTarget = Want | Ended | Pong
 
+M = TypeVar("M")
+
 _encoder = msgspec.msgpack.Encoder()
 _from_source: msgspec.msgpack.Decoder[FromSource] = msgspec.msgpack.Decoder(FromSource)
 _from_target: msgspec.msgpack.Decoder[FromTarget] = msgspec.msgpack.Decoder(FromTarget)
@@ -169,27 +171,23 @@ class Unpacker:
 
 def read_source(head: Head, body: bytes | bytearray | memoryview) -> FromSource:
     """What a source says. Raises BadFrame."""
-    _check_body(head, body)
-    try:
-        return _from_source.decode(body)
-    except msgspec.DecodeError as error:
-        raise BadFrame(MALFORMED) from error
+    return _read(_from_source, head, body)
 
 
 def read_target(head: Head, body: bytes | bytearray | memoryview) -> FromTarget:
     """What a target says. Raises BadFrame."""
-    _check_body(head, body)
-    try:
-        return _from_target.decode(body)
-    except msgspec.DecodeError as error:
-        raise BadFrame(MALFORMED) from error
+    return _read(_from_target, head, body)
 
 
-def _check_body(head: Head, body: bytes | bytearray | memoryview) -> None:
+def _read(decoder: msgspec.msgpack.Decoder[M], head: Head, body: bytes | bytearray | memoryview) -> M:
     if head.kind != CONTROL:
         raise BadFrame(MALFORMED)
     if xxhash.xxh3_64_intdigest(body) != head.checksum:
         raise BadFrame(CHECKSUM)
+    try:
+        return decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise BadFrame(MALFORMED) from error
 
 
 def joint_checksum(checksums: list[int]) -> int:
