@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--telemetry",
         action="store_true",
-        help="instead: what spans and figures cost, gateways with and without in turns",
+        help="instead: what spans and figures cost, gateways with and without side by side",
     )
 
 

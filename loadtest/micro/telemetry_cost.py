@@ -1,24 +1,34 @@
-"""`python -m loadtest gateway --telemetry`: the token path with telemetry off and on, point by point in turns.
+"""`python -m loadtest gateway --telemetry`: what spans and figures cost, gateways with and without them side by side.
 
 Off: no spans, nothing counted for each token. On: every span made, one trace in a hundred sent by the workers and kept
-at infinite speed, all of them paced. The order changes with every round: a drift of the machine hits both alike.
+at infinite speed, all of them paced. Both serve the same load at the same moment on the same cores, so that whatever
+else the machine does slows both; a round's cost is the ratio of the CPU time that a request took of each.
 """
 
 import argparse
+import asyncio
 from typing import Any
 
 from loadtest.micro import bench
-from loadtest.micro.bench import Figure
-from loadtest.micro.gateway import PACED_FACTOR, TokenPath, figures_of
+from loadtest.micro.closed_loop import Seen
+from loadtest.micro.gateway import PACED_FACTOR, TokenPath
 from services.launcher.machine import free_ports
 
 NO_LIMIT = 1e6  # traces a second
-OFF = {"telemetry": "off"}
-FEW = {"trace_ratio": 0.01, "traces_per_s": NO_LIMIT}
-ALL = {"trace_ratio": 1.0, "traces_per_s": NO_LIMIT}
+OFF, ON = "off", "on"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "free": {"off": OFF, "1 in 100": FEW},
-    "paced": {"off": OFF, "all": ALL},
+    "free": {OFF: {"telemetry": "off"}, ON: {"trace_ratio": 0.01, "traces_per_s": NO_LIMIT}},
+    "paced": {OFF: {"telemetry": "off"}, ON: {"trace_ratio": 1.0, "traces_per_s": NO_LIMIT}},
+}
+ROLES = ("gateway", "prefill", "decode")
+COLUMNS = {
+    "": 5,
+    "clients": 7,
+    "req/s each": 18,
+    "gateway off": 18,
+    "gateway on": 18,
+    "gateway cost": 22,
+    "path cost": 22,
 }
 
 
@@ -39,62 +49,61 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
                 path.start_cluster(_name(kind, variant), nats_url, step_ms, **settings)
         for name in names:
             await here.until_probed(path.children[f"gateway {name}"], path.url(name))
+        points = [("free", count, args.seconds) for count in args.concurrency]
+        points += [("paced", count, args.seconds * PACED_FACTOR) for count in args.streams]
         for number in range(args.rounds):
             here.say(f"round {number + 1} of {args.rounds}")
-            await _round(path, args, number)
-        points = {"free": args.concurrency, "paced": args.streams}
-        rows = [
-            {
-                "kind": kind,
-                "telemetry": variant,
-                "clients": count,
-                **figures_of(
-                    path.seen[_name(kind, variant), "completions", count],
-                    args,
-                    ideal_per_s=1e3 * count / args.step_ms if kind == "paced" else 0.0,
-                ),
-            }
-            for kind, variants in VARIANTS.items()
-            for count in points[kind]
-            for variant in variants
-        ]
+            for kind, count, seconds in points:
+                both = (path.point(_name(kind, variant), "completions", count, seconds) for variant in (OFF, ON))
+                await asyncio.gather(*both)
         settings = {name: getattr(args, name) for name in ("rounds", "seconds", "step_ms", "output_tokens")}
+        rows = [{"kind": kind, "clients": count, **_figures(path, args, kind, count)} for kind, count, _ in points]
         return bench.result("gateway telemetry", settings, rows=rows)
 
 
-async def _round(path: TokenPath, args: argparse.Namespace, number: int) -> None:
-    for kind, counts, seconds in (
-        ("free", args.concurrency, args.seconds),
-        ("paced", args.streams, args.seconds * PACED_FACTOR),
-    ):
-        variants = list(VARIANTS[kind])
-        for count in counts:
-            for variant in variants if number % 2 else variants[::-1]:
-                await path.point(_name(kind, variant), "completions", count, seconds)
+def _figures(path: TokenPath, args: argparse.Namespace, kind: str, count: int) -> dict[str, bench.Figure]:
+    off, on = (path.seen[_name(kind, variant), "completions", count] for variant in (OFF, ON))
+    pairs = list(zip(off, on, strict=True))
+    spent = {
+        variant: [_us_per_request(seen, args, ROLES[:1]) for seen in rounds]
+        for variant, rounds in ((OFF, off), (ON, on))
+    }
+    return {
+        "requests_per_s": bench.figure([_requests(seen, args) / seen.elapsed_s for seen in off + on]),
+        "off_us_per_request": bench.figure(spent[OFF]),
+        "on_us_per_request": bench.figure(spent[ON]),
+        "gateway_cost": bench.figure([_cost(one, other, args, ROLES[:1]) for one, other in pairs]),
+        "path_cost": bench.figure([_cost(one, other, args, ROLES) for one, other in pairs]),
+    }
+
+
+def _cost(off: Seen, on: Seen, args: argparse.Namespace, roles: tuple[str, ...]) -> float:
+    return _us_per_request(on, args, roles) / _us_per_request(off, args, roles) - 1
+
+
+def _us_per_request(seen: Seen, args: argparse.Namespace, roles: tuple[str, ...]) -> float:
+    return 1e6 * sum(seen.cpu_s[role] for role in roles) / _requests(seen, args)
+
+
+def _requests(seen: Seen, args: argparse.Namespace) -> float:
+    return max(1, seen.tokens) / float(args.output_tokens)
 
 
 def _name(kind: str, variant: str) -> str:
-    return f"telemetry-{kind}-{variant.replace(' ', '-')}"
+    return f"telemetry-{kind}-{variant}"
 
 
 def _text(found: dict[str, Any]) -> str:
     lines = [
-        f"{'':6} {'clients':>7} {'telemetry':>10} {'req/s':>22} {'gateway us/req':>18} {'of ideal':>9} {'cost':>8}"
+        "CPU time a request takes, in us and as what telemetry adds: median (least to most of the rounds);",
+        "free: one trace in 100 is kept; paced: all are. Path: the gateway with both workers.",
+        " ".join(f"{title:>{width}}" for title, width in COLUMNS.items()),
     ]
-    base: Figure | None = None
     for row in found["rows"]:
-        rate, cpu = row["requests_per_s"], row["gateway_us_per_request"]
-        if row["telemetry"] == "off":
-            base = cpu if row["kind"] == "paced" else rate
-        cost = 0.0
-        if base is not None:
-            # Paced, streams come as fast as they come; what changes is the CPU time that they take.
-            cost = cpu.median / base.median - 1 if row["kind"] == "paced" else 1 - rate.median / base.median
-        ideal = f"{row['share_of_ideal'].median:9.3f}" if "share_of_ideal" in row else f"{'':9}"
-        rates = f"{rate.median:.0f} ({rate.low:.0f}-{rate.high:.0f})"
-        cpus = f"{cpu.median:.0f} ({cpu.low:.0f}-{cpu.high:.0f})"
-        told = "" if row["telemetry"] == "off" else f"{cost:8.1%}"
-        lines.append(
-            f"{row['kind']:6} {row['clients']:7} {row['telemetry']:>10} {rates:>22} {cpus:>18} {ideal} {told:>8}"
-        )
+        rate, off, on = (row[name] for name in ("requests_per_s", "off_us_per_request", "on_us_per_request"))
+        whole = (f"{one.median:.0f} ({one.low:.0f}-{one.high:.0f})" for one in (rate, off, on))
+        costs = (row["gateway_cost"], row["path_cost"])
+        shares = (f"{one.median:.1%} ({one.low:.0%} to {one.high:.0%})" for one in costs)
+        cells = (row["kind"], str(row["clients"]), *whole, *shares)
+        lines.append(" ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)))
     return "\n".join(lines)

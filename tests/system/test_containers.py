@@ -145,7 +145,9 @@ def test_prometheus_has_the_metrics_of_every_service_and_the_rules(cluster: Comp
         cluster("--profile=observability", "rm", "--stop", "--force", "prometheus")
 
 
-async def test_each_tier_scales_under_load_without_a_failed_request(cluster: Compose, oracle: Oracle) -> None:
+async def test_each_tier_scales_under_load_and_prefill_to_none_without_a_failed_request(
+    cluster: Compose, oracle: Oracle
+) -> None:
     async with load(cluster, oracle) as seen:
         for counts in ({"prefill": 3, "decode": 2}, {"prefill": 3, "decode": 3}):
             await cluster.scale(**counts)
@@ -156,6 +158,11 @@ async def test_each_tier_scales_under_load_without_a_failed_request(cluster: Com
         for counts in ({"prefill": 1, "decode": 3}, {"prefill": 2, "decode": 2}):
             await cluster.scale(**counts)
             await seen.see(10)
+        # None: decode workers compute the prompts meanwhile.
+        await cluster.scale(prefill=0, decode=2)
+        await seen.see(10)
+        await cluster.scale(prefill=2, decode=2)
+        await seen.see_workers(cluster.ids("prefill-worker"))
     assert not seen.failed
     assert_nothing_held(cluster)
 
