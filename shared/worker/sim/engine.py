@@ -378,7 +378,12 @@ class SimEngine:
                 self._on_copied([Copied(save)])
 
     def _on_copied(self, copied: list[Copied]) -> None:
-        self._copied += copied
+        """A prompt whose blocks are stored has ended: it does not wait for the step of others that runs meanwhile."""
+        for each in copied:
+            if isinstance(each.copy, Save):
+                self._saved(each.copy)
+            else:
+                self._copied.append(each)
         self._wake.set()
 
     def _take_copied(self) -> None:
@@ -386,11 +391,9 @@ class SimEngine:
         for each in copied:
             if isinstance(each.copy, Load):
                 self._scheduler.loaded(each.copy.request, each.invalid)
-            elif isinstance(each.copy, Keep):
+            else:
                 self._planner.keeps_ended((each.copy.request,))
                 self._pool.end_copy(each.copy.block_ids)
-            else:
-                self._saved(each.copy)
 
     def _saved(self, save: Save) -> None:
         self._scheduler.saved(save)
