@@ -59,6 +59,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # vllm | sim
     max_model_len: int
     max_running: int
+    step_tokens: int = 0  # the most that a step computes; 0: not known
     kv_blocks: int  # of the engine's own cache
     kv_tokens: int = 0  # how many those hold
     splits: bool  # False: this model's KV cannot be handed over; serve it whole

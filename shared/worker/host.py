@@ -45,6 +45,7 @@ from shared.worker.metrics import WorkerMetrics
 from shared.worker.neighbours import Neighbours
 from shared.worker.prefill import PrefillHandler
 from shared.worker.pulling import Pulling
+from shared.worker.rates import Prompts
 from shared.worker.selftest import complete_once
 from shared.worker.sim.engine import SimEngine, SimSettings
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
@@ -125,6 +126,7 @@ class Worker:
                 batches=batches,
                 reserve_s=settings.reserve_s,
                 lease_s=settings.lease_s,
+                prompts=Prompts(step_limit=engine.info.step_tokens),
                 pulling=Pulling(bus, settings.cluster, settings.node, kv, self._metrics, settings.pull),
             )
             if settings.kv_socket and engine.info.splits:

@@ -1,10 +1,13 @@
 """Measured speeds of one worker: placement and admission predict with them.
 
 Invariants: time is an argument; nothing is said before enough has been seen. What is measured is a step of prompts:
-those that are done in the same moment were computed together, and share what a step costs whatever is in it.
+those that are done in the same moment were computed together, and share what a step costs whatever is in it. A full
+step also computes a part of the next prompt: counted by ended prompts alone, full steps of one and of two would seem to
+take equally long, and a token to cost nothing.
 """
 
 from dataclasses import dataclass, field
+from math import ceil
 
 from shared.line import Line
 
@@ -24,10 +27,13 @@ class Prompts:
     """The prompts that this worker has accepted and not yet computed, and what a step of them costs."""
 
     line: Line = field(default_factory=lambda: Line(proportional=True))
+    step_limit: int = 0  # the most tokens that a step computes; 0: not known
     _open: dict[Key, _Prompt] = field(default_factory=dict)
     _last_s: float = 0.0  # when the last step was done,
     _step_s: float = 0.0  # what it took,
-    _step_tokens: int = 0  # and what it has computed, as far as that is known
+    _step_tokens: int = 0  # the tokens of those that it has ended,
+    _step_most: int = 0  # and of all that were there when it began, as far as they go into it
+    _carried: int = 0  # computed of prompts that were not at their end with the last step
 
     def begin(self, key: Key, tokens: int, now_s: float) -> None:
         self._open[key] = _Prompt(tokens, now_s)
@@ -39,14 +45,25 @@ class Prompts:
             return
         if now_s - self._last_s > TOGETHER * self._step_s:
             self._close()
-            self._step_s, self._step_tokens = now_s - max(prompt.begun_s, self._last_s), 0
+            began_s = max(prompt.begun_s, self._last_s)
+            self._step_s, self._step_tokens, self._step_most = now_s - began_s, 0, self._most(computed, began_s)
             self._last_s = now_s
         self._step_tokens += computed
+
+    def _most(self, computed: int, began_s: float) -> int:
+        """What steps that began then can have computed until a prompt of so many tokens was done; 0: not known."""
+        left = computed - self._carried
+        there = left + sum(prompt.tokens for prompt in self._open.values() if prompt.begun_s <= began_s)
+        return min(there, self.step_limit * max(1, ceil(left / self.step_limit))) if self.step_limit else 0
 
     def _close(self) -> None:
         """The last step has no more prompts to come."""
         if self._step_tokens:
-            self.line.see(self._step_tokens, self._step_s)
+            ended = self._step_tokens - self._carried
+            tokens = max(1, ended, self._step_most)
+            self.line.see(tokens, self._step_s)
+            still_open = sum(prompt.tokens for prompt in self._open.values())
+            self._carried = min(still_open, max(0, tokens - ended)) if self.step_limit else 0
         self._step_tokens = 0
 
     def drop(self, key: Key) -> None:
@@ -66,7 +83,7 @@ class Prompts:
 
     def forget(self) -> None:
         """What was measured so far was no work."""
-        self.line, self._step_tokens = Line(proportional=True), 0
+        self.line, self._step_tokens, self._carried = Line(proportional=True), 0, 0
 
 
 @dataclass(slots=True)

@@ -60,6 +60,7 @@ class VllmEngine:
             name="vllm",
             max_model_len=config.model_config.max_model_len,
             max_running=config.scheduler_config.max_num_seqs,
+            step_tokens=config.scheduler_config.max_num_batched_tokens,
             kv_blocks=config.cache_config.num_gpu_blocks or 0,
             kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
             splits=splits,

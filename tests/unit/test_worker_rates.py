@@ -73,6 +73,36 @@ def test_prompts_of_one_step_share_its_cost():
     assert slope == pytest.approx(1e-4, rel=0.15)
 
 
+@pytest.mark.parametrize("size", [300, 1800, 2048, 5000])
+def test_full_steps_that_end_in_the_middle_of_a_prompt(size):
+    """Ten wait at any time; a step takes 20 ms and 0.06 ms a token, 2,048 of them at most."""
+    prompts, limit, begun, now = Prompts(step_limit=2048), 2048, 10, 0.0
+    waiting = [size] * 10
+    for number in range(10):
+        prompts.begin(("x", number), size, now)
+    first = 0
+    for _ in range(400):
+        room, ended = limit, 0
+        while room and waiting:
+            part = min(room, waiting[0])
+            room -= part
+            waiting[0] -= part
+            if not waiting[0]:
+                waiting.pop(0)
+                ended += 1
+        now += 0.02 + 6e-5 * (limit - room)
+        for number in range(first, first + ended):
+            prompts.done(("x", number), size, now)
+        first += ended
+        for _ in range(ended):
+            prompts.begin(("x", begun), size, now)
+            waiting.append(size)
+            begun += 1
+    fixed, slope = prompts.line.terms()
+    whole_s = 10 * size * (0.02 / limit + 6e-5)  # what waits, in full steps
+    assert fixed + slope * 10 * size == pytest.approx(whole_s, rel=0.1)
+
+
 def test_the_backlog_shrinks_while_its_first_is_computed():
     prompts = Prompts()
     for turn in range(LEAST + 1):

@@ -18,7 +18,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineFailed, SettingsError
-from shared.kv.copies import Keep, Load, Save, StepPlan
+from shared.kv.copies import Load, Save, StepPlan
 from shared.kv.copy_planner import CopyPlanner
 from shared.kv.rank_client import RankClient
 from shared.model_files import model_folder, read_tokenizer, vocabulary_size
@@ -128,6 +128,7 @@ class SimEngine:
             name="sim",
             max_model_len=shape.max_model_len,
             max_running=shape.max_running,
+            step_tokens=shape.token_budget,
             kv_blocks=self._pool.count,
             kv_tokens=self._pool.count * shape.block_size,
             splits=True,
@@ -391,7 +392,7 @@ class SimEngine:
         for each in copied:
             if isinstance(each.copy, Load):
                 self._scheduler.loaded(each.copy.request, each.invalid)
-            else:
+            elif isinstance(each.copy, Keep):
                 self._planner.keeps_ended((each.copy.request,))
                 self._pool.end_copy(each.copy.block_ids)
 
