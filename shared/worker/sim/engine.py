@@ -18,7 +18,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineFailed, SettingsError
-from shared.kv.copies import Load, Save, StepPlan
+from shared.kv.copies import Keep, Load, Save, StepPlan
 from shared.kv.copy_planner import CopyPlanner
 from shared.kv.rank_client import RankClient
 from shared.model_files import model_folder, read_tokenizer, vocabulary_size
