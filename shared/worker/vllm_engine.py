@@ -70,7 +70,10 @@ class VllmEngine:
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> "VllmEngine":
-        """Load the model; seconds to minutes. Raises SettingsError for arguments or models that vLLM refuses."""
+        """Load the model; seconds to minutes.
+
+        Raises SettingsError for arguments or models that vLLM refuses, EngineFailed when its processes do not start.
+        """
         set_environment(settings.cpu_cores)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
@@ -90,13 +93,16 @@ class VllmEngine:
         if not splits:
             log.warning("engine: this model's KV state cannot be handed over; it is served unsplit")
         forces = enable_forcing(config)
-        llm = AsyncLLM(
-            vllm_config=config,
-            executor_class=Executor.get_class(config),
-            log_stats=True,
-            log_requests=False,
-            stat_loggers=[stats.logger],
-        )
+        try:
+            llm = AsyncLLM(
+                vllm_config=config,
+                executor_class=Executor.get_class(config),
+                log_stats=True,
+                log_requests=False,
+                stat_loggers=[stats.logger],
+            )
+        except RuntimeError as error:  # all that vLLM says of it; the cause is its process's last word
+            raise EngineFailed(f"engine: {first_line(error)} Look for the last error above.") from error
         trace_requests(llm)
         return cls(llm, stats, splits=splits, forces=forces)
 
