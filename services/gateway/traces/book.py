@@ -43,7 +43,7 @@ class TraceBook:
         self._export = export
         self._open: dict[str, _Open] = {}  # by root, like the next; one a request in flight
         self._kept: collections.OrderedDict[str, Kept] = collections.OrderedDict()
-        self._refused = 0
+        self._refused: dict[str, None] = {}  # of the kept ones, oldest first
         self._spans = 0
 
     def __len__(self) -> int:
@@ -98,21 +98,22 @@ class TraceBook:
         spans: list[Span | wire.SpanRecord] = [*trace.own, *trace.others]
         self._kept[root] = Kept(summary, receipt, spans)
         self._spans += len(spans)
-        self._refused += summary.outcome in REFUSED
+        if summary.outcome in REFUSED:
+            self._refused[root] = None
         if self._export is not None:
             self._export(self._records(spans))
         self._evict()
 
     def _evict(self) -> None:
-        if self._refused > MAX_REFUSED:
-            self._drop(next(root for root, kept in self._kept.items() if kept.summary.outcome in REFUSED))
+        if len(self._refused) > MAX_REFUSED:
+            self._drop(next(iter(self._refused)))
         while len(self._kept) > MAX_TRACES or self._spans > MAX_ALL_SPANS:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, root: str) -> None:
         kept = self._kept.pop(root)
         self._spans -= len(kept.spans)
-        self._refused -= kept.summary.outcome in REFUSED
+        self._refused.pop(root, None)
 
     # ---- for readers -----------------------------------------------------------------------------------------
 
