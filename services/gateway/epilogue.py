@@ -66,7 +66,8 @@ class Epilogue:
         log_fields(log, "request", {key: value for key, value in fields.items() if value not in (None, "")})
 
     def _trace(self, gateway: Gateway, span: Span) -> None:
-        target, ttft_ms = gateway.settings.target(self.tier), self.receipt.actual_ttft_ms
+        receipt, target = self.receipt, gateway.settings.target(self.tier)
+        ttft_ms = receipt.actual_ttft_ms
         ending = Ending(
             outcome=outcome(self.error),
             duration_s=self.duration_s,
@@ -74,14 +75,14 @@ class Epilogue:
             gap_s=self.gap_s,
             target_ttft_s=target.ttft_s,
             target_itl_s=target.itl_s,
-            retries=self.receipt.retries,
+            retries=receipt.retries,
         )
         gateway.traces.ended(
             span,
             ending,
-            lambda: msgspec.to_builtins(self.receipt),
+            lambda: msgspec.to_builtins(receipt),  # kept for long: nothing else of the request may hang on it
             request_id=self.request_id,
             tier=self.tier,
             tenant=self.tenant,
-            path=self.receipt.path,
+            path=receipt.path,
         )

@@ -100,6 +100,7 @@ class Exchange:
         self.checked()
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # it ends with a traceback that has this exchange
 
     def overrun(self) -> None:
         """The client reads more slowly than tokens come, and as much waits for it as may."""

@@ -108,6 +108,9 @@ class Journey:
                 if not isinstance(error, Cancelled):
                     await exchange.fail(error)
         self._epilogue(error).tell(gateway, span)
+        if error is not None:
+            # Its traceback has the frames, and they have it: a circle that holds the prompt until the collector comes.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
 
     def _epilogue(self, error: BatonError | None) -> Epilogue:
         return Epilogue(

@@ -1,10 +1,14 @@
 """Traces of a gateway with fake workers: a request that one worker serves whole, other gateways' traces, log lines."""
 
+import asyncio
+import gc
 import json
 import logging
 
 import httpx
+import pytest
 
+from services.gateway.journey import Journey
 from services.gateway.metrics import Metrics
 from shared import telemetry
 from shared.settings import GatewaySettings
@@ -14,9 +18,9 @@ PROMPT = "secret words"
 COUNTED = ("inter_token_latency", "time_to_first_token")
 
 
-async def ask(url: str, request: str) -> httpx.Response:
+async def ask(url: str, request: str, *, streams: bool = False) -> httpx.Response:
     async with httpx.AsyncClient(timeout=20) as http:
-        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3}
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3, "stream": streams}
         return await http.post(f"{url}/v1/completions", json=body, headers={"x-request-id": request})
 
 
@@ -44,6 +48,31 @@ async def test_local_prefill(cluster):
         "decode": "decode-0",
     }
     assert root["attributes"]["baton.request_id"] == "whole"
+
+
+async def until_gone() -> None:
+    """Looked at again and again: the server lets go of a connection a little later than it answers."""
+    while any(isinstance(one, Journey) for one in gc.get_objects()):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("has_workers", "streams"), [(False, False), (True, False), (True, True)])
+async def test_a_request_is_gone_when_it_has_ended_though_its_trace_is_kept(cluster, has_workers, streams):
+    """Its prompt with it, and without the collector: that would hold up every stream."""
+    cluster.settings["queue_s"] = 0.05
+    async with cluster.gateway() as running:
+        if has_workers:
+            await cluster.add(running, "prefill-0", "decode-0")
+        gc.collect()
+        gc.disable()
+        try:
+            answer = await ask(running.url, "over", streams=streams)
+            assert answer.status_code == (200 if has_workers else 503)
+            await running.until_idle()
+            assert (await get(running.url, "/dashboard/traces/over")).json()["summary"]["request_id"] == "over"
+            await asyncio.wait_for(until_gone(), 5)
+        finally:
+            gc.enable()
 
 
 async def test_any_gateway_finds_the_traces_of_all(cluster, nats_url, tiny_model):
