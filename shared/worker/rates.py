@@ -44,7 +44,7 @@ class Prompts:
         if prompt is None or computed <= 1:
             return
         if now_s - self._last_s > TOGETHER * self._step_s:
-            self._close()
+            self._close(prompt)
             began_s = max(prompt.begun_s, self._last_s)
             self._step_s, self._step_tokens, self._step_most = now_s - began_s, 0, self._most(computed, began_s)
             self._last_s = now_s
@@ -56,13 +56,13 @@ class Prompts:
         there = left + sum(prompt.tokens for prompt in self._open.values() if prompt.begun_s <= began_s)
         return min(there, self.step_limit * max(1, ceil(left / self.step_limit))) if self.step_limit else 0
 
-    def _close(self) -> None:
-        """The last step has no more prompts to come."""
+    def _close(self, following: _Prompt) -> None:
+        """The last step has no more prompts to come: `following` was done in a later one."""
         if self._step_tokens:
             ended = self._step_tokens - self._carried
             tokens = max(1, ended, self._step_most)
             self.line.see(tokens, self._step_s)
-            still_open = sum(prompt.tokens for prompt in self._open.values())
+            still_open = following.tokens + sum(prompt.tokens for prompt in self._open.values())
             self._carried = min(still_open, max(0, tokens - ended)) if self.step_limit else 0
         self._step_tokens = 0
 

@@ -103,6 +103,20 @@ def test_full_steps_that_end_in_the_middle_of_a_prompt(size):
     assert fixed + slope * 10 * size == pytest.approx(whole_s, rel=0.1)
 
 
+def test_two_prompts_and_nothing_behind_them():
+    """Full steps of 2,048 tokens: the second prompt of 1,800 is done after what is left of it."""
+    prompts = Prompts(step_limit=2048)
+    for turn in range(30):
+        start = 10.0 * turn
+        for number in range(2):
+            prompts.begin((f"{turn}-{number}", 0), 1800, start)
+        prompts.done((f"{turn}-0", 0), 1800, start + 0.02 + 6e-5 * 2048)
+        prompts.done((f"{turn}-1", 0), 1800, start + 0.04 + 6e-5 * 3600)
+    fixed, slope = prompts.line.terms()
+    for tokens in (2048, 3600 - 2048):
+        assert fixed + slope * tokens == pytest.approx(0.02 + 6e-5 * tokens, rel=0.03)
+
+
 def test_the_backlog_shrinks_while_its_first_is_computed():
     prompts = Prompts()
     for turn in range(LEAST + 1):
