@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 LEAST = 3  # observations before anything is said
 PRIOR = 0.02  # weight of the prior against the variance of x, as a share of its mean's square
+LEAST_SHARE = 0.1  # of y that grows with x, where it should: a slope lost in noise is not none
 
 
 @dataclass(slots=True)
 class Line:
     """`proportional`: while every x is alike, y is taken for proportional to x, else for constant.
 
-    Neither term is ever negative. Source: recursive least squares with forgetting, in moments; the prior is a ridge.
+    Neither term is ever negative, and a proportional one is never without its slope. Source: recursive least squares with forgetting, in moments; the prior is a ridge.
     """
 
     proportional: bool
@@ -45,7 +46,7 @@ class Line:
         ridge = PRIOR * self.x * self.x
         spread = self.xx - self.x * self.x + ridge
         slope = (self.xy - self.x * self.y + ridge * prior) / spread if spread > 0 else 0.0
-        slope = max(0.0, slope)
+        slope = max(LEAST_SHARE * prior, slope)
         fixed = self.y - slope * self.x
         if fixed < 0:
             return 0.0, self.y / self.x if self.x > 0 else 0.0

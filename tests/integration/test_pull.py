@@ -16,6 +16,8 @@ pytestmark = pytest.mark.timeout(300)
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 OUTPUT = 3 * BLOCK
+# A profile where every token costs: a hit that saves nothing is not asked for.
+ENGINE = {"profile": "cpu-demo", "max_model_len": 4096, "block_size": BLOCK}
 PEER, COMPUTED = (f'baton_prefix_tokens_total{{source="{source}"}}' for source in ("peer", "computed"))
 
 
@@ -24,7 +26,7 @@ class Two:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.oracle = Oracle.load(str(DEMO))
+        self.oracle = Oracle.load(str(DEMO), engine_args=ENGINE)
         self._client = cluster.client()
         self._stores = [service["metrics_url"] for service in cluster.services("kv")]
         (self._prefill,) = [service["metrics_url"] for service in cluster.services("prefill")]
@@ -64,10 +66,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
         tmp_path_factory.mktemp("home"),
         "--nodes=2",
         "--engine=sim",
+        *(f"--engine-arg={name}={value}" for name, value in ENGINE.items()),
         "--sim-speed=4",
         "--arrangement=split",
         "--arena-gib=0.1",
-        "--engine-arg=max_model_len=4096",
         "--engine-arg=enable_prefix_caching=false",  # what is found is the stores'
         BATON_PULL="always",  # whichever is faster on this machine
         BATON_INDEX_S="5",

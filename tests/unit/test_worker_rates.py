@@ -46,6 +46,13 @@ def test_no_term_is_ever_negative(points, proportional):
     assert slope >= 0
 
 
+def test_a_token_never_costs_nothing():
+    """Longer prompts that took less by chance: a worker of no speed would count as one that nothing is known of."""
+    fixed, slope = line(*((100, 0.0131), (400, 0.0129)) * 9, proportional=True).terms()
+    assert slope > 0
+    assert fixed + 250 * slope == pytest.approx(0.013, rel=0.01)
+
+
 def test_a_prompt_costs_what_it_adds():
     prompts = Prompts()
     # Four that come together and are computed one after the other, each in 0.1 s.
