@@ -14,7 +14,8 @@ LEAST_SHARE = 0.1  # of y that grows with x, where it should: a slope lost in no
 class Line:
     """`proportional`: while every x is alike, y is taken for proportional to x, else for constant.
 
-    Neither term is ever negative, and a proportional one is never without its slope. Source: recursive least squares with forgetting, in moments; the prior is a ridge.
+    Neither term is ever negative, and a proportional one is never without its slope. Source: recursive least squares
+    with forgetting, in moments; the prior is a ridge.
     """
 
     proportional: bool
