@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from shared.worker.sim.oracle import Oracle
-from tests.support.cluster import Cluster, running_cluster
+from tests.support.cluster import Cluster, read_metrics, running_cluster
 from tests.support.disturbed import until
 from tests.support.exact import assert_idle
 
@@ -94,6 +94,12 @@ def has_new(cluster: Cluster, worker: str, old: int) -> bool:
     return bool(found["state"] == "ready" and found["pid"] != old)
 
 
+def decodes(cluster: Cluster, worker: str) -> bool:
+    """Streams run on it; a prefill worker's jobs are too short to be seen."""
+    (found,) = [service for service in cluster.status()["services"] if service["id"] == worker]
+    return found["role"] != "decode" or read_metrics(found["metrics_url"])["baton_engine_running"] > 2
+
+
 def resumes(cluster: Cluster) -> float:
     return cluster.metrics("gateway").get('baton_retries_total{phase="resume"}', 0.0)
 
@@ -105,6 +111,7 @@ async def test_every_worker_in_turn(cluster: Cluster) -> None:
             clients.create_task(load.run())
         for worker in WORKERS:
             await asyncio.to_thread(until, lambda: load.running > STREAMS // 2, "the load runs")
+            await asyncio.to_thread(until, lambda: decodes(cluster, worker), f"{worker} has no streams")  # noqa: B023
             cluster.said()
             process = psutil.Process(cluster.pid(worker))
             process.send_signal(signal.SIGTERM)
