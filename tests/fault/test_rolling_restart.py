@@ -21,9 +21,9 @@ pytestmark = pytest.mark.timeout(300)
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 MODEL = "baton-demo"
 WORKERS = ["prefill-0", "prefill-1", "decode-0", "decode-1"]
-DRAIN_S = 0.3
+DRAIN_S = 0.05
 STREAMS = 12
-OUTPUT = 400  # tokens: ten times the grace period at the least
+OUTPUT = 400  # tokens: sixty times the grace period, or all of them might end within it
 MAX_LEN = 2048
 
 
