@@ -214,11 +214,11 @@ class TokenPath:
 
 
 def figures_of(rounds: list[Seen], args: argparse.Namespace, ideal_per_s: float = 0.0) -> dict[str, Any]:
-    rows = [_row(seen, args.output_tokens, ideal_per_s) for seen in rounds]
+    rows = [row_of(seen, args.output_tokens, ideal_per_s) for seen in rounds]
     return {name: bench.figure([row[name] for row in rows]) for name in rows[0]}
 
 
-def _row(seen: Seen, output_tokens: int, ideal_per_s: float) -> dict[str, float]:
+def row_of(seen: Seen, output_tokens: int, ideal_per_s: float = 0.0) -> dict[str, float]:
     """One round of one point."""
     tokens = max(1, seen.tokens)
     requests = tokens / output_tokens

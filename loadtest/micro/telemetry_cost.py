@@ -10,8 +10,7 @@ import asyncio
 from typing import Any
 
 from loadtest.micro import bench
-from loadtest.micro.closed_loop import Seen
-from loadtest.micro.gateway import PACED_FACTOR, TokenPath
+from loadtest.micro.gateway import PACED_FACTOR, TokenPath, row_of
 from services.launcher.machine import free_ports
 
 NO_LIMIT = 1e6  # traces a second
@@ -20,7 +19,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "free": {OFF: {"telemetry": "off"}, ON: {"trace_ratio": 0.01, "traces_per_s": NO_LIMIT}},
     "paced": {OFF: {"telemetry": "off"}, ON: {"trace_ratio": 1.0, "traces_per_s": NO_LIMIT}},
 }
-ROLES = ("gateway", "prefill", "decode")
+GATEWAY = ("gateway",)
+PATH = ("gateway", "prefill", "decode")
 COLUMNS = {
     "": 5,
     "clients": 7,
@@ -62,31 +62,26 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _figures(path: TokenPath, args: argparse.Namespace, kind: str, count: int) -> dict[str, bench.Figure]:
-    off, on = (path.seen[_name(kind, variant), "completions", count] for variant in (OFF, ON))
-    pairs = list(zip(off, on, strict=True))
-    spent = {
-        variant: [_us_per_request(seen, args, ROLES[:1]) for seen in rounds]
-        for variant, rounds in ((OFF, off), (ON, on))
-    }
+    off, on = (
+        [row_of(seen, args.output_tokens) for seen in path.seen[_name(kind, variant), "completions", count]]
+        for variant in (OFF, ON)
+    )
     return {
-        "requests_per_s": bench.figure([_requests(seen, args) / seen.elapsed_s for seen in off + on]),
-        "off_us_per_request": bench.figure(spent[OFF]),
-        "on_us_per_request": bench.figure(spent[ON]),
-        "gateway_cost": bench.figure([_cost(one, other, args, ROLES[:1]) for one, other in pairs]),
-        "path_cost": bench.figure([_cost(one, other, args, ROLES) for one, other in pairs]),
+        "requests_per_s": bench.figure([row["requests_per_s"] for row in off + on]),
+        "off_us_per_request": bench.figure([_us_per_request(row, GATEWAY) for row in off]),
+        "on_us_per_request": bench.figure([_us_per_request(row, GATEWAY) for row in on]),
+        "gateway_cost": _cost(off, on, GATEWAY),
+        "path_cost": _cost(off, on, PATH),
     }
 
 
-def _cost(off: Seen, on: Seen, args: argparse.Namespace, roles: tuple[str, ...]) -> float:
-    return _us_per_request(on, args, roles) / _us_per_request(off, args, roles) - 1
+def _cost(off: list[dict[str, float]], on: list[dict[str, float]], roles: tuple[str, ...]) -> bench.Figure:
+    pairs = zip(off, on, strict=True)
+    return bench.figure([_us_per_request(more, roles) / _us_per_request(less, roles) - 1 for less, more in pairs])
 
 
-def _us_per_request(seen: Seen, args: argparse.Namespace, roles: tuple[str, ...]) -> float:
-    return 1e6 * sum(seen.cpu_s[role] for role in roles) / _requests(seen, args)
-
-
-def _requests(seen: Seen, args: argparse.Namespace) -> float:
-    return max(1, seen.tokens) / float(args.output_tokens)
+def _us_per_request(row: dict[str, float], roles: tuple[str, ...]) -> float:
+    return sum(row[f"{role}_us_per_request"] for role in roles)
 
 
 def _name(kind: str, variant: str) -> str:

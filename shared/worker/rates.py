@@ -63,7 +63,7 @@ class Prompts:
             tokens = max(1, ended, self._step_most)
             self.line.see(tokens, self._step_s)
             still_open = following.tokens + sum(prompt.tokens for prompt in self._open.values())
-            self._carried = min(still_open, max(0, tokens - ended)) if self.step_limit else 0
+            self._carried = min(still_open, tokens - ended)
         self._step_tokens = 0
 
     def drop(self, key: Key) -> None:

@@ -90,13 +90,13 @@ class Load:
 
 
 def has_new(cluster: Cluster, worker: str, old: int) -> bool:
-    (found,) = [service for service in cluster.status()["services"] if service["id"] == worker]
+    found = cluster.service(worker)
     return bool(found["state"] == "ready" and found["pid"] != old)
 
 
 def decodes(cluster: Cluster, worker: str) -> bool:
     """Streams run on it; a prefill worker's jobs are too short to be seen."""
-    (found,) = [service for service in cluster.status()["services"] if service["id"] == worker]
+    found = cluster.service(worker)
     return found["role"] != "decode" or read_metrics(found["metrics_url"])["baton_engine_running"] > 2
 
 

@@ -62,9 +62,12 @@ class Cluster:
     def services(self, role: str) -> list[dict[str, Any]]:
         return [service for service in self.status()["services"] if service["role"] == role]
 
+    def service(self, service_id: str) -> dict[str, Any]:
+        (found,) = [service for service in self.status()["services"] if service["id"] == service_id]
+        return dict(found)
+
     def pid(self, service_id: str) -> int:
-        (found,) = [s["pid"] for s in self.status()["services"] if s["id"] == service_id]
-        return int(found)
+        return int(self.service(service_id)["pid"])
 
     def metrics(self, role: str) -> dict[str, float]:
         """Samples of all services of a role, summed by name with labels: `name{a="b"}` -> value."""
