@@ -303,4 +303,5 @@ def _heard(worker: _Worker) -> forecast.Heard:
         jobs=sum(one.jobs for one in worker.charges if not one.tokens) + sum(unseen),
         prompts=[(sent_at, tokens) for sent_at, tokens, _ in prompts],
         seen_until=seen_until,
+        bound_at=max((one.made_at for one in worker.charges if one.tokens), default=0.0),
     )

@@ -9,6 +9,9 @@ from services.gateway.placement import Candidate
 from shared import wire
 
 
+TOGETHER_S = 0.005  # prompts sent within it of each other are computed in one step
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heard:
     """A worker's last words, and the jobs sent to it since."""
@@ -19,6 +22,7 @@ class Heard:
     jobs: int = 0  # sent, and not in its backlog yet
     prompts: Sequence[tuple[float, int]] = ()  # without an answer yet: when sent, tokens; in order
     seen_until: float = 0.0  # those sent before should be in its backlog
+    bound_at: float = 0.0  # when it was given the last of them
 
 
 def candidate(heard: Heard, expected_output: float) -> Candidate:
@@ -27,9 +31,11 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
     jobs = backlog.running + backlog.waiting + heard.jobs
     prompt_s, token_s = beat.prefill_prompt_s, 1 / beat.prefill_tokens_per_s if beat.prefill_tokens_per_s else 0.0
     tokens_until = heard.backlog_at + backlog.queued_tokens * token_s
-    prompts, alone = backlog.queued_prompts, 0.0
+    prompts, alone, done_at, last_at = backlog.queued_prompts, 0.0, 0.0, 0.0
     for sent_at, tokens in heard.prompts:
         alone = max(alone, sent_at) + tokens * token_s
+        done_at = max(done_at, sent_at) + tokens * token_s + (prompt_s if sent_at - last_at > TOGETHER_S else 0.0)
+        last_at = sent_at
         if sent_at > heard.seen_until:
             tokens_until = max(tokens_until, sent_at) + tokens * token_s
             prompts += 1
@@ -49,6 +55,8 @@ def candidate(heard: Heard, expected_output: float) -> Candidate:
         prompts=prompts,
         tokens_until=tokens_until,
         begins_at=tokens_until + steps * prompt_s,
+        done_at=max(tokens_until, done_at),
+        bound_at=heard.bound_at,
         prompt_s=prompt_s,
         token_s=token_s,
         sequence_s=over * expected_output * step_s / beat.max_running if over > 0 else 0.0,

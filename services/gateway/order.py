@@ -2,8 +2,8 @@
 
 Tiers share by weighted fair queueing: each has a clock that runs slower the more it weighs, and the one that is behind
 is next, so that none starves. Tenants share by the virtual token counter of "Fairness in Serving Large Language
-Models" (Sheng et al., OSDI 2024): who comes back is lifted to the least of those who are there, so that nobody saves
-up a right. What already streams to a client, and must go on elsewhere, is before all. Pure. Invariant: tokens and
+Models" (Sheng et al., OSDI 2024): who comes is lifted to the least of those who are there, or, where nobody waits, to
+where the others had got, so that nobody saves up a right: neither by staying away, nor by being new. What already streams to a client, and must go on elsewhere, is before all. Pure. Invariant: tokens and
 requests are counted exactly over every way out.
 """
 
@@ -49,6 +49,7 @@ class _Tier:
     clock: float = 0.0  # served tokens by weight
     tenants: dict[str, _Tenant] = field(default_factory=dict)  # those who wait
     idle: dict[str, float] = field(default_factory=dict)  # served tokens of those who do not, oldest first
+    level: float = 0.0  # the most that any of those was served
     requests: int = 0
 
 
@@ -71,7 +72,9 @@ class Order:
             return
         tier = self._tiers[entry.tier]
         if not tier.requests:
-            tier.clock = max(tier.clock, min((t.clock for t in self._tiers.values() if t.requests), default=0.0))
+            everybody = self._tiers.values()
+            clocks = [one.clock for one in everybody if one.requests]
+            tier.clock = max(tier.clock, min(clocks) if clocks else max(one.clock for one in everybody))
         tier.requests += 1
         tenant = self._tenant(tier, entry.tenant)
         tenant.requests += 1
@@ -95,6 +98,7 @@ class Order:
         if not tenant.requests:
             del tier.tenants[entry.tenant]
             tier.idle[entry.tenant] = tenant.served
+            tier.level = max(tier.level, tenant.served)
             if len(tier.idle) > MOST_TENANTS:
                 del tier.idle[next(iter(tier.idle))]
 
@@ -130,6 +134,7 @@ class Order:
             served.tenants[tenant].served += tokens
         else:
             served.idle[tenant] = served.idle.pop(tenant, 0.0) + tokens
+            served.level = max(served.level, served.idle[tenant])
 
     def ahead(self, tier: str, tenant: str, tokens: int) -> Ahead:
         """Its own tenant's all; of others as much as is served while that is, by fair shares."""
@@ -155,6 +160,6 @@ class Order:
     def _tenant(self, tier: _Tier, name: str) -> _Tenant:
         known = tier.tenants.get(name)
         if known is None:
-            least = min((one.served for one in tier.tenants.values()), default=0.0)
+            least = min((one.served for one in tier.tenants.values()), default=tier.level)
             known = tier.tenants[name] = _Tenant(max(tier.idle.pop(name, 0.0), least))
         return known

@@ -4,8 +4,8 @@
 and keeps a prompt off a decode worker whose streams it would hold up beyond their target.
 
 Requests wait at the gateway and are bound late. A worker gets its next prompt when the tokens that it has take less
-than AHEAD_S and what a step costs by itself, so that its steps are as full as pays and no fuller; its next sequence
-when there is room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices",
+than AHEAD_S and what a step costs by itself, so that its steps are as full as pays and no fuller; where another tenant
+asks one at a time, a line's next prompts when it should be done. It gets its next sequence when there is room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices",
 Mitzenmacher 2001): gateways that know the same do not all choose the same. Invariant: prefill and decode of one
 request have the same fingerprint, or one of them has not said.
 """
@@ -16,6 +16,7 @@ from math import inf
 from random import Random
 
 AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
+END_S = 0.004  # before the end of its work a worker gets what should have no head start; what one step takes is sent in it
 AT_FIRST = 8  # prompts for a worker whose speed is not known
 LAST_SHARE = 0.25  # of a prompt, at least, is sent when all of it is computed: its last chunk
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
@@ -40,6 +41,8 @@ class Candidate:
     prompts: int = 0  # that it has and not computed yet
     tokens_until: float = 0.0  # when it should have computed the tokens that it has,
     begins_at: float = 0.0  # with what its steps cost by themselves
+    bound_at: float = 0.0  # when it was given its last prompt,
+    done_at: float = 0.0  # and when it should be done with all of them
     prompt_s: float = 0.0  # what a step takes by itself,
     token_s: float = 0.0  # and each token in it more
     sequence_s: float = 0.0  # until a sequence is free
@@ -70,7 +73,7 @@ class Rules:
     strategy: str = "predicted"  # or least_loaded: by load alone, for comparison
     local_prefill_tokens: int = 256  # auto, before speeds are known: shorter prompts are not split
     itl_s: float = inf  # target of the gap between tokens, on the decode side
-    ahead_s: float = AHEAD_S  # of its tokens' end a worker gets the next prompt, and what a step costs by itself
+    crowded: bool = False  # no head start: a worker gets its next prompts when it should be done with all others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +174,13 @@ def place(
     if rules.arrangement != "auto":
         return split
     return _sooner(split, choice.whole("sooner", gently=True), wish, rules)
+
+
+def takes_at(one: Candidate, rules: Rules, now: float) -> float:
+    """From when on a worker that has prompts gets its next one."""
+    if rules.crowded and now - one.bound_at > 0.002:
+        return one.done_at - END_S
+    return one.tokens_until - one.prompt_s - (0.0 if rules.crowded else AHEAD_S)
 
 
 def other_prefiller(pools: Pools, decode: str, *, avoid: Collection[str], random: Random, now: float) -> str | None:
@@ -286,7 +296,7 @@ class _Choice:
         ahead_s = one.begins_at - self.now
         if ahead_s <= 0:
             return self._prompt_s(one)
-        if one.tokens_until - self.now >= self.rules.ahead_s + one.prompt_s and self.rules.strategy == "predicted":
+        if self.now < takes_at(one, self.rules, self.now) and self.rules.strategy == "predicted":
             return inf
         return ahead_s + self._prompt_s(one)
 

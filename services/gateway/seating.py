@@ -14,7 +14,7 @@ from services.gateway.admission import Appointments, Correction, Speeds
 from services.gateway.crowd import Crowd
 from services.gateway.fleet import Charge, Fleet
 from services.gateway.order import Ahead
-from services.gateway.placement import Placement, Rules, other_prefiller, place
+from services.gateway.placement import Placement, Rules, other_prefiller, place, takes_at
 from services.gateway.queue import Queue, Seat, Waiting
 from shared.access.key import TIERS
 from shared.errors import DeadlineInfeasible, KvMemory, NoCapacity, Refused
@@ -39,7 +39,7 @@ class Seating:
             )
             for tier, target in self._targets.items()
         }
-        self._crowded_rules = {tier: replace(rules, ahead_s=0.0) for tier, rules in self._rules.items()}
+        self._crowded_rules = {tier: replace(rules, crowded=True) for tier, rules in self._rules.items()}
         self._crowd = Crowd()
         # What a client reads already goes on, even if it reads a little slower.
         self._urgent_rules = replace(self._rules["default"], itl_s=float("inf"))
@@ -148,7 +148,7 @@ class Seating:
         rules = self._rules_for(waiting, now)
         placement = place(fleet.pools(), waiting.wish, rules, avoid=avoid, random=self._random, now=now)
         if placement is None:
-            self._wake_later(now, rules.ahead_s)
+            self._wake_later(now, rules)
             return None
         self._waited(waiting, now)
         if not self._has_line(waiting):
@@ -199,12 +199,12 @@ class Seating:
         alone_s = admission.empty_s(speeds, waiting.tokens)
         return admission.target_s(self._targets[waiting.tier].ttft_s, self._services(alone_s or 0.0))
 
-    def _wake_later(self, now: float, ahead_s: float) -> None:
+    def _wake_later(self, now: float, rules: Rules) -> None:
         """A worker takes its next prompt before anything is heard of it."""
         if self._timer is not None:
             return
         pools = self._fleet.pools()
-        takes = [one.tokens_until - one.prompt_s - ahead_s for work in self._works for one in pools.with_room(work)]
+        takes = [takes_at(one, rules, now) for work in self._works for one in pools.with_room(work)]
         in_s = min((at for at in takes if at >= now), default=-1.0) - now
         if in_s >= 0:
             self._timer = asyncio.get_running_loop().call_later(max(in_s, LEAST_WAKE_S), self._wake)

@@ -57,6 +57,28 @@ def test_nobody_saves_up_a_right():
     assert Counter(one.tenant for one in serve(order, 20)) == {"late": 10, "busy": 10}
 
 
+def test_who_is_new_has_no_right_over_who_was_there_for_long():
+    order = Order(WEIGHTS)
+    for _ in range(50):  # one at a time, so that nobody waits in between
+        order.add(entry(tenant="steady"))
+        serve(order, 1)
+    for _ in range(20):
+        order.add(entry(tenant="flood"))
+    order.add(entry(tenant="steady"))
+    assert [one.tenant for one in serve(order, 2)].count("steady") == 1
+
+
+def test_a_new_tier_has_no_right_over_one_that_was_there_for_long():
+    order = Order(WEIGHTS)
+    for _ in range(50):
+        order.add(entry())
+        serve(order, 1)
+    for _ in range(20):
+        order.add(entry(tier="flex"))
+    order.add(entry())
+    assert entry().tier in {one.tier for one in serve(order, 2)}
+
+
 def test_tiers_share_by_weight_and_none_starves():
     order = line(*(entry(tier=tier) for tier in WEIGHTS for _ in range(200)))
     served = Counter(one.tier for one in serve(order, 130))
