@@ -8,7 +8,6 @@ from services.gateway.admission import Speeds
 from services.gateway.placement import Candidate
 from shared import wire
 
-
 TOGETHER_S = 0.005  # prompts sent within it of each other are computed in one step
 
 

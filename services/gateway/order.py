@@ -3,8 +3,9 @@
 Tiers share by weighted fair queueing: each has a clock that runs slower the more it weighs, and the one that is behind
 is next, so that none starves. Tenants share by the virtual token counter of "Fairness in Serving Large Language
 Models" (Sheng et al., OSDI 2024): who comes is lifted to the least of those who are there, or, where nobody waits, to
-where the others had got, so that nobody saves up a right: neither by staying away, nor by being new. What already streams to a client, and must go on elsewhere, is before all. Pure. Invariant: tokens and
-requests are counted exactly over every way out.
+where the others had got, so that nobody saves up a right: neither by staying away, nor by being new. What already
+streams to a client, and must go on elsewhere, is before all. Pure. Invariant: tokens and requests are counted exactly
+over every way out.
 """
 
 import heapq

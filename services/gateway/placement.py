@@ -4,10 +4,12 @@
 and keeps a prompt off a decode worker whose streams it would hold up beyond their target.
 
 Requests wait at the gateway and are bound late. A worker gets its next prompt when the tokens that it has take less
-than AHEAD_S and what a step costs by itself, so that its steps are as full as pays and no fuller; where another tenant
-asks one at a time, a line's next prompts when it should be done. It gets its next sequence when there is room for it. Of many workers a few are looked at, of near-ties two at random ("the power of two choices",
-Mitzenmacher 2001): gateways that know the same do not all choose the same. Invariant: prefill and decode of one
-request have the same fingerprint, or one of them has not said.
+than AHEAD_S and what a step costs by itself, so that its steps are as full as pays and no fuller; of a line beside a
+tenant without one, when it should be done with what it has. It gets its next sequence when there is room for it.
+
+Of many workers a few are looked at, of near-ties two at random ("the power of two choices", Mitzenmacher 2001):
+gateways that know the same do not all choose the same. Invariant: prefill and decode of one request have the same
+fingerprint, or one of them has not said.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +18,8 @@ from math import inf
 from random import Random
 
 AHEAD_S = 0.015  # above the way from "done" here to the next prompt there
-END_S = 0.004  # before the end of its work a worker gets what should have no head start; what one step takes is sent in it
+END_S = 0.004  # before the end of what it has a worker gets what should have no head start;
+GROUP_S = 0.002  # and, so soon after that, more of it: for the same step
 AT_FIRST = 8  # prompts for a worker whose speed is not known
 LAST_SHARE = 0.25  # of a prompt, at least, is sent when all of it is computed: its last chunk
 LOOK_AT = 4  # workers with room that are compared, of as many as there are
@@ -178,7 +181,7 @@ def place(
 
 def takes_at(one: Candidate, rules: Rules, now: float) -> float:
     """From when on a worker that has prompts gets its next one."""
-    if rules.crowded and now - one.bound_at > 0.002:
+    if rules.crowded and now - one.bound_at > GROUP_S:
         return one.done_at - END_S
     return one.tokens_until - one.prompt_s - (0.0 if rules.crowded else AHEAD_S)
 

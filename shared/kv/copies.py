@@ -21,6 +21,7 @@ class Load:
     arena: str
     lease: str
     pages: list[Page]
+    in_step: bool = False  # before the step that asks for it is computed, which reads them; else beside the steps
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
 """Decides, per step of an engine, which pages to load and which to save: for vLLM's connector and the sim engine alike.
 
+A small load is done within the step that asks for it, and its request computed in that step: loaded beside the step it
+would wait for a whole one of others. Only where each step is planned when the last one's outcome is known: elsewhere a
+load that fails would be found out too late.
+
 Invariants: no I/O; a request's loads are planned once an allocation, again after a preemption, never again after one
 failed; a block is saved once per lease, in the step that completes it. Reservations are made before the engine sees
 a request, so nothing here waits. What is kept of ended requests is bounded in blocks, since their pages are held.
@@ -15,6 +19,8 @@ from shared import wire
 from shared.kv.copies import Keep, Load, Page, Save, StepPlan
 from shared.worker.engine import KvPlan
 
+IN_STEP_BYTES = 4 << 20  # of a rank, loaded within one step: a millisecond for those who run beside it
+
 
 @dataclass
 class _Tracked:
@@ -24,16 +30,22 @@ class _Tracked:
     load_failed: bool = False
     loaded_tokens: int = 0
     recomputed_tokens: int = 0
-    computed_tokens: int = 0  # prompt tokens that steps were scheduled for
+    computed_tokens: int = 0  # prompt tokens that steps were scheduled for,
+    last_tokens: int = 0  # and the last of them
     unkept_tokens: int = 0
 
 
 class CopyPlanner:
     """All state is keyed by the engine's request ids and dropped in `finished`, except unsaved blocks, by lease."""
 
-    def __init__(self, block_size: int, keep_limit: int) -> None:
-        """`keep_limit`: pages that may be held for ended requests at once, beyond those of one."""
+    def __init__(self, block_size: int, keep_limit: int, in_step_limit: int = 0) -> None:
+        """`keep_limit`: pages that may be held for ended requests at once, beyond those of one.
+
+        `in_step_limit`: pages that may be loaded within one step.
+        """
         self._block_size = block_size
+        self._in_step_limit = self._in_step_left = in_step_limit
+        self._in_step: list[str] = []  # requests whose load is in the step planned last
         self._keep_limit = keep_limit
         self._requests: dict[str, _Tracked] = {}
         # Children of one request (n > 1) share a lease: the first to compute a block saves it.
@@ -66,6 +78,10 @@ class CopyPlanner:
         # A preempted request's local hits may reach beyond the prompt.
         return max(0, self._covered(tracked, total_tokens) - local_tokens)
 
+    def loads_in_step(self, external_tokens: int) -> bool:
+        """Whether so many tokens are loaded within this step, and the rest of their prompt computed in it."""
+        return 0 < -(-external_tokens // self._block_size) <= self._in_step_left
+
     def allocated(self, request_id: str, block_ids: list[int], total_tokens: int, external_tokens: int) -> None:
         """Pages are there for what `matched_tokens` promised: plan the load."""
         tracked = self._requests.get(request_id)
@@ -78,7 +94,10 @@ class CopyPlanner:
         pages = [Page(block, block_ids[block], plan.slots[block], plan.words[block]) for block in range(first, last)]
         tracked.loading = {page.block_id: page.block for page in pages}
         tracked.loaded_tokens = external_tokens
-        self._loads.append(Load(request_id, plan.arena, plan.lease, pages))
+        in_step = self.loads_in_step(external_tokens)
+        if in_step:
+            self._in_step_left -= len(pages)
+        self._loads.append(Load(request_id, plan.arena, plan.lease, pages, in_step))
 
     def _covered(self, tracked: _Tracked, total_tokens: int) -> int:
         """Tokens from the first on that are worth loading. The last one is always computed: it gives the logits."""
@@ -99,13 +118,16 @@ class CopyPlanner:
             tracked = self._requests.get(request_id)
             if tracked is None:
                 continue
-            tracked.computed_tokens += max(0, min(after, tracked.prompt_tokens) - before)
+            tracked.last_tokens = max(0, min(after, tracked.prompt_tokens) - before)
+            tracked.computed_tokens += tracked.last_tokens
             if not tracked.plan.save:
                 continue
             save = self._complete_blocks(tracked, after, request_id, blocks_of)
             if save.pages:
                 saves.append(save)
         loads, self._loads = self._loads, []
+        self._in_step = [load.request for load in loads if load.in_step]
+        self._in_step_left = self._in_step_limit
         keeps, self._keeps = self._keeps, []
         return StepPlan(loads=loads, saves=saves, keeps=keeps, idle=idle)
 
@@ -128,8 +150,12 @@ class CopyPlanner:
         )
 
     def loads_ended(self, received: Iterable[str], invalid_block_ids: set[int]) -> None:
-        """What the workers report after a step: completed loads, and pages that could not be filled."""
-        for request_id in received:
+        """What the workers report after a step: completed loads, and pages that could not be filled.
+
+        The loads within that step are taken as ended without being named.
+        """
+        in_step, self._in_step = self._in_step, []
+        for request_id in [*received, *in_step]:
             tracked = self._requests.get(request_id)
             if tracked is None:
                 continue
@@ -138,9 +164,16 @@ class CopyPlanner:
                 first_loaded = min(tracked.loading.values())
                 lost = tracked.loaded_tokens - (min(failed) - first_loaded) * self._block_size
                 tracked.load_failed = True
+                if request_id in in_step:
+                    tracked.computed_tokens -= tracked.last_tokens  # on what was not there: thrown away
                 tracked.recomputed_tokens += lost
                 tracked.loaded_tokens -= lost
             tracked.loading = {}
+
+    def computed_more(self, request_id: str, tokens: int) -> None:
+        """Prompt tokens of a load that failed were computed within the same step."""
+        if tracked := self._requests.get(request_id):
+            tracked.computed_tokens += tokens
 
     def keep(self, request_id: str, tokens: Sequence[int], computed_tokens: int, block_ids: list[int]) -> bool:
         """Before `finished`, of a request that ended well: plan to store its full blocks for the next turn.

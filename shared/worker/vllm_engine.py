@@ -339,6 +339,7 @@ _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def to_deltas(output: "RequestOutput") -> list[EngineDelta]:
     """One delta a choice that has something new. Raises EngineFailed for a choice that ended in an error."""
     carried = output.kv_transfer_params or {}
+    recomputed = carried.get("recomputed_tokens", 0)
     deltas = []
     for choice in output.outputs:
         reason = choice.finish_reason
@@ -352,10 +353,10 @@ def to_deltas(output: "RequestOutput") -> list[EngineDelta]:
                 logprobs=_logprobs(choice.token_ids, choice.logprobs) if choice.logprobs else None,
                 prompt_logprobs=_prompt_logprobs(output),
                 finish=wire.Finish(reason=reason, stop_reason=choice.stop_reason) if reason else None,
-                cached_tokens=output.num_cached_tokens or 0,
+                cached_tokens=max(0, (output.num_cached_tokens or 0) - recomputed),  # as it was when first scheduled
                 computed_tokens=carried.get("computed_tokens"),
                 loaded_tokens=carried.get("loaded_tokens", 0),
-                recomputed_tokens=carried.get("recomputed_tokens", 0),
+                recomputed_tokens=recomputed,
                 unkept_tokens=carried.get("unkept_tokens", 0),
             )
         )

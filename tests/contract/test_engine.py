@@ -418,8 +418,29 @@ async def test_a_vanished_slot_is_recomputed_and_counted(bench: Bench) -> None:
     again = await bench.say(bench.reader, tokens, GREEDY, stale)
     assert again.tokens == clean.tokens
     assert again.last.recomputed_tokens == 299 - 3 * BLOCK
-    assert again.last.loaded_tokens == 3 * BLOCK
+    assert again.last.loaded_tokens == again.last.cached_tokens == 3 * BLOCK
     assert again.last.computed_tokens == 300 - 3 * BLOCK
+
+
+async def test_loads_within_a_step_and_beside_it(bench: Bench) -> None:
+    """More at once than one step may load; of each kind one finds a block gone."""
+    prompts = [prompt_of(MAX_LEN - 100 - n, 55 + n) for n in range(4)]
+    plans = [await bench.saved_plan(prompt) for prompt in prompts]
+    clean = [
+        (await bench.say(bench.reader, prompt, GREEDY, plan)).tokens
+        for prompt, plan in zip(prompts, plans, strict=True)
+    ]
+    for number in (0, 3):
+        words = [word + (2 if block == 9 else 0) for block, word in enumerate(plans[number].words)]
+        plans[number] = msgspec.structs.replace(plans[number], words=words)
+    got = await asyncio.gather(
+        *(bench.say(bench.reader, prompt, GREEDY, plan) for prompt, plan in zip(prompts, plans, strict=True))
+    )
+    assert [said.tokens for said in got] == clean
+    assert [said.last.loaded_tokens for said in got] == [9 * BLOCK, *(len(one) - 1 for one in prompts[1:3]), 9 * BLOCK]
+    assert [said.last.computed_tokens for said in got] == [
+        len(prompt) - said.last.loaded_tokens for prompt, said in zip(prompts, got, strict=True)
+    ]
 
 
 async def test_a_lost_arena_is_recomputed(bench: Bench) -> None:
@@ -433,7 +454,7 @@ async def test_a_lost_arena_is_recomputed(bench: Bench) -> None:
 
 
 async def test_leaving_during_a_load_frees_everything(bench: Bench) -> None:
-    prompts = [prompt_of(250, 70 + n) for n in range(4)]
+    prompts = [prompt_of(900, 70 + n) for n in range(4)]  # one of them may be loaded within a step
     plans = [await bench.saved_plan(prompt) for prompt in prompts]
 
     async def leave(number: int) -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 from services.gateway.crowd import ACTIVE_S, MOST_TENANTS, Crowd
 from services.gateway.fleet import Fleet
-from services.gateway.placement import AHEAD_S, Wish
+from services.gateway.placement import Wish
 from services.gateway.queue import Waiting
 from services.gateway.seating import Seating
 from shared.settings import GatewaySettings
@@ -49,12 +49,11 @@ async def test_who_has_a_line_gets_nothing_ahead_beside_another():
         lines = [asks(tenant) for tenant in ("flood", "flood", "single")]
         tasks = [group.create_task(seating.take(one, "")) for one in lines]  # nobody is there to serve them
         await asyncio.sleep(0)
-        ahead = [seating._rules_for(one, 1.0).ahead_s for one in lines]
-        assert ahead == [AHEAD_S] * 3
+        assert not any(seating._rules_for(one, 1.0).crowded for one in lines)
         assert [seating._has_line(one) for one in lines] == [True, True, False]
         for tenant in ("flood", "single"):
             seating._crowd.served(tenant, 1.0)
-        assert [seating._rules_for(one, 1.0).ahead_s for one in lines] == [0.0, 0.0, AHEAD_S]
-        assert seating._rules_for(lines[0], 1.0 + ACTIVE_S).ahead_s == AHEAD_S
+        assert [seating._rules_for(one, 1.0).crowded for one in lines] == [True, True, False]
+        assert not seating._rules_for(lines[0], 1.0 + ACTIVE_S).crowded
         for task in tasks:
             task.cancel()

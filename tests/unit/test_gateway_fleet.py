@@ -126,6 +126,17 @@ def test_prompts_under_way_are_done_when_they_should_be():
     assert worker(fleet).prompts == 3
 
 
+def test_prompts_sent_together_share_what_their_step_costs():
+    fleet = Fleet("m")
+    fleet.hear(beat(prefill_tokens_per_s=1000.0, prefill_prompt_s=0.03), 0.0)
+    for sent_at in (0.1, 0.102):
+        fleet.charge("w", jobs=1, tokens=20, now=sent_at).sent_at = sent_at
+    assert worker(fleet).bound_at == 0.102
+    assert worker(fleet).done_at == pytest.approx(0.1 + 0.03 + 0.04)
+    fleet.charge("w", jobs=1, tokens=10, now=0.12).sent_at = 0.12  # for the next step
+    assert worker(fleet).done_at == pytest.approx(0.17 + 0.03 + 0.01)
+
+
 def test_a_worker_s_word_holds_what_was_sent_long_before_it():
     fleet, speed = Fleet("m"), {"prefill_tokens_per_s": 1000.0, "max_running": 8}
     fleet.hear(beat(**speed), 0.0)

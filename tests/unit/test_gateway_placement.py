@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.placement import AHEAD_S, AT_FIRST, Candidate, Pools, Rules, Wish, other_prefiller, place
+from services.gateway.placement import AHEAD_S, AT_FIRST, END_S, Candidate, Pools, Rules, Wish, other_prefiller, place
 
 NOW = 100.0
 
@@ -93,7 +93,23 @@ def choose(
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S)), D], {}, None),
         ([candidate("p", "prefill", **FAST | later(2 * AHEAD_S), prompt_s=2 * AHEAD_S), D], {}, ("p", "d", "split")),
         ([candidate("p", "prefill", **FAST | later(AHEAD_S / 2)), D], {}, ("p", "d", "split")),
-        ([candidate("p", "prefill", **FAST | later(AHEAD_S / 2)), D], {"ahead_s": 0.0}, None),
+        # Without a head start: when it should be done with all that it has, what steps cost included; and the rest of a group.
+        ([candidate("p", "prefill", **FAST | later(2 * END_S), done_at=NOW + 2 * END_S), D], {"crowded": True}, None),
+        (
+            [candidate("p", "prefill", **FAST | later(2 * END_S), done_at=NOW + END_S / 2), D],
+            {"crowded": True},
+            ("p", "d", "split"),
+        ),
+        (
+            [candidate("p", "prefill", **FAST | later(0.01), prompt_s=0.02, bound_at=NOW, done_at=NOW + 0.03), D],
+            {"crowded": True},
+            ("p", "d", "split"),
+        ),
+        (
+            [candidate("p", "prefill", **FAST | later(0.03), prompt_s=0.02, bound_at=NOW, done_at=NOW + 0.05), D],
+            {"crowded": True},
+            None,
+        ),
         # Before its speed is known a worker gets a few, or a burst would be bound before anything is.
         ([candidate("p", "prefill", prompts=AT_FIRST), D], {}, None),
         ([candidate("p", "prefill", prompts=AT_FIRST - 1), D], {}, ("p", "d", "split")),

@@ -20,11 +20,12 @@ class Bench:
     running: int = 8
     budget: int = 16
     caching: bool = True
+    in_step: int = 0  # blocks that may be loaded within a step
     output: dict[str, int] = field(default_factory=dict)  # tokens that each sequence is to get
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.blocks)
-        self.planner = CopyPlanner(BLOCK, keep_limit=0)
+        self.planner = CopyPlanner(BLOCK, keep_limit=0, in_step_limit=self.in_step)
         self.contents = Contents("test", BLOCK)
         limits = Limits(max_running=self.running, token_budget=self.budget, prefix_caching=self.caching)
         self.scheduler = Scheduler(limits, self.pool, self.planner, self.contents)
@@ -40,9 +41,11 @@ class Bench:
         self.sequences[name], self.output[name] = sequence, output
         return sequence
 
-    def step(self) -> Step:
-        """Schedule, and sample what the step completes."""
+    def step(self, bad: int | None = None) -> Step:
+        """Schedule, load within the step all but the page `bad`, and sample what the step completes."""
         step = self.scheduler.schedule()
+        if in_step := {load.request for load in step.copies.loads if load.in_step}:
+            self.scheduler.loaded_in_step(step, in_step, set() if bad is None else {bad})
         for save in step.copies.saves:
             self.scheduler.saved(save)
         for sequence in [*step.decodes, *(chunk.sequence for chunk in step.chunks if chunk.completes)]:
@@ -206,6 +209,42 @@ def test_a_load_that_failed_altogether_begins_anew() -> None:
     assert shown(bench.step()) == ["a 0-10"]
 
 
+def test_a_small_load_is_computed_on_in_its_own_step() -> None:
+    bench = Bench(in_step=4)
+    loading = bench.add("a", 10, output=2, first=0, plan=plan_of(10, load=3))
+    bench.add("b", 10, output=2, first=100, plan=plan_of(10, load=3))
+    step = bench.step()
+    assert shown(step) == ["a 9-10"]
+    assert [load.in_step for load in step.copies.loads] == [True, False]  # four pages a step, and b needs three
+    assert [bench.pool.fills[block] for block in loading.blocks] == [4, 4, 2]
+    assert bench.scheduler.end(loading) == {
+        "loaded_tokens": 9,
+        "recomputed_tokens": 0,
+        "computed_tokens": 1,
+        "unkept_tokens": 0,
+    }
+    bench.scheduler.loaded("b", set())
+    assert shown(bench.step()) == ["b 9-10"]
+
+
+def test_what_a_load_within_a_step_did_not_fill_is_computed_in_that_step() -> None:
+    bench = Bench(in_step=8, blocks=8)
+    good = bench.add("a", 10, output=2, first=0, plan=plan_of(10, load=3))
+    loading = bench.add("b", 10, output=2, first=100, plan=plan_of(10, load=3))
+    step = bench.step(bad=4)  # pages are taken in order, so that is the second of b
+    assert loading.blocks[1] == 4
+    assert shown(step) == ["a 9-10", "b 4-10"]
+    assert [bench.pool.fills[block] for block in loading.blocks] == [4, 0, 0]  # until it is computed
+    assert (good.cached, loading.cached) == (9, 4)
+    assert bench.scheduler.end(loading) == {
+        "loaded_tokens": 4,
+        "recomputed_tokens": 5,
+        "computed_tokens": 6,
+        "unkept_tokens": 0,
+    }
+    assert bench.scheduler.end(good)["recomputed_tokens"] == 0
+
+
 def test_who_leaves_during_a_load_keeps_its_blocks_until_it_has_ended() -> None:
     bench = Bench()
     loading = bench.add("a", 10, first=0, plan=plan_of(10, load=3))
@@ -247,11 +286,13 @@ work = st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(0, 2), st.s
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(work, min_size=1, max_size=12), st.integers(8, 14), st.integers(1, 30), st.booleans())
+@given(
+    st.lists(work, min_size=1, max_size=12), st.integers(8, 14), st.integers(1, 30), st.booleans(), st.integers(0, 8)
+)
 def test_whatever_comes_all_get_their_tokens_and_nothing_is_left(
-    works: list[tuple[int, int, int, str]], blocks: int, budget: int, caching: bool
+    works: list[tuple[int, int, int, str]], blocks: int, budget: int, caching: bool, in_step: int
 ) -> None:
-    bench = Bench(blocks=blocks, budget=budget, caching=caching, running=4)
+    bench = Bench(blocks=blocks, budget=budget, caching=caching, running=4, in_step=in_step)
     for number, (prompt, output, first, what) in enumerate(works):
         plan = plan_of(prompt, load=-(-prompt // BLOCK) if what == "load" else 0, save=what == "save") if what else None
         bench.add(str(number), prompt, output, first=first, plan=plan)
@@ -264,7 +305,7 @@ def test_whatever_comes_all_get_their_tokens_and_nothing_is_left(
         assert len(bench.scheduler.running) <= 4
         for sequence in bench.scheduler.running:
             assert len(sequence.blocks) * BLOCK >= sequence.computed
-        for number, load in enumerate(step.copies.loads):
+        for number, load in enumerate(load for load in step.copies.loads if not load.in_step):
             bench.scheduler.loaded(load.request, {load.pages[-1].block_id} if number % 2 else set())
     assert sorted(bench.ended, key=int) == [str(number) for number in range(len(works))]
     assert bench.pool.free == blocks

@@ -1,8 +1,9 @@
 """vLLM's hooks, handed on to the side that they belong to. Nothing is decided here.
 
-Written against vLLM 0.32 (KVConnectorBase_V1). Loads are asynchronous, on a thread; saves are done by the time a step
-ends, so a prompt's pages can be freed at once. What a request has generated is kept for the next turn when it has
-ended, on that thread too: only then does `request_finished` delay the freeing of its pages.
+Written against vLLM 0.32 (KVConnectorBase_V1). Loads are asynchronous, on a thread, but for small ones where steps are
+planned one by one; saves are done by the time a step ends, so a prompt's pages can be freed at once. What a request has
+generated is kept for the next turn when it has ended, on that thread too: only then does `request_finished` delay the
+freeing of its pages.
 """
 
 import logging
@@ -20,7 +21,7 @@ from vllm.v1.request import RequestStatus
 from services.kv_transfer.connector.lifeline import die_with_parent
 from services.kv_transfer.connector.worker_side import WorkerSide
 from shared.kv.copies import StepPlan
-from shared.kv.copy_planner import CopyPlanner
+from shared.kv.copy_planner import IN_STEP_BYTES, CopyPlanner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,7 +53,9 @@ class BatonConnector(KVConnectorBase_V1):
         die_with_parent()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = CopyPlanner(
-                vllm_config.cache_config.block_size, keep_limit=kv_cache_config.num_blocks // HELD_SHARE
+                vllm_config.cache_config.block_size,
+                keep_limit=kv_cache_config.num_blocks // HELD_SHARE,
+                in_step_limit=_in_step_limit(vllm_config, kv_cache_config),
             )
         else:
             if vllm_config.device_config.device_type == "cpu" and hasattr(torch.cpu, "_init_amx"):
@@ -77,7 +80,7 @@ class BatonConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._scheduler.matched_tokens(request.request_id, request.num_tokens, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, tokens > 0 and not self._scheduler.loads_in_step(tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         if num_external_tokens > 0:
@@ -128,7 +131,7 @@ class BatonConnector(KVConnectorBase_V1):
         self._worker.start(self._plan())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request is not scheduled before its pages are filled."""
+        """A request is not computed before its pages are filled, all of them."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Whole pages are copied once all layers have written them, in `wait_for_save`."""
@@ -150,3 +153,15 @@ class BatonConnector(KVConnectorBase_V1):
     def _plan(self) -> StepPlan:
         plan: StepPlan = self._get_connector_metadata().plan
         return plan
+
+
+def _in_step_limit(vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig") -> int:
+    """Pages that may be loaded within a step.
+
+    None where the next step is planned before this one's outcome is known: vLLM would compute on what is not there.
+    """
+    is_ahead = vllm_config.scheduler_config.async_scheduling or vllm_config.parallel_config.pipeline_parallel_size > 1
+    if is_ahead or vllm_config.device_config.device_type != "cpu":
+        return 0
+    page_bytes = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) // kv_cache_config.num_blocks
+    return int(IN_STEP_BYTES // page_bytes)

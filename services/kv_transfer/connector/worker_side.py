@@ -1,7 +1,7 @@
-"""The connector beside the model: copies pages out at the end of a step, and in on a thread.
+"""The connector beside the model: copies pages out at the end of a step, and in on a thread, or small loads before it.
 
-Invariants: every load ends in exactly one completion; a page that could not be filled with what its slot promised is
-reported invalid with it, so the engine recomputes; no copy under a revoked lease starts.
+Invariants: every load on the thread ends in exactly one completion; a page that could not be filled with what its slot
+promised is reported invalid with it, so the engine recomputes; no copy under a revoked lease starts.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from shared.errors import BatonError, KvMemory
 from shared.kv.copier import Copier
 from shared.kv.copies import Load, Save, StepPlan
 from shared.kv.keeping import Keeper
-from shared.kv.messages import Commit
+from shared.kv.messages import Commit, Loaded
 from shared.kv.rank_client import RankClient
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class _Saving:
     taken: Snapshot
 
 
+_Work = Load | Loaded | _Saving | _Keeping
+
+
 class WorkerSide:
     """Owned by one engine rank; `save` and `take_*` are called on its main thread."""
 
@@ -66,7 +69,7 @@ class WorkerSide:
             on_mapped=pin_arena(torch.cuda.current_device()) if _is_cuda(vllm_config) else None,
         )
         # Bounded by the engine's own requests. What is on somebody's way to a first token goes first.
-        self._queue: queue.PriorityQueue[tuple[int, int, Load | _Saving | _Keeping | None]] = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[tuple[int, int, _Work | None]] = queue.PriorityQueue()
         self._serial = itertools.count()
         self._done = threading.Condition()
         self._received: set[str] = set()
@@ -135,10 +138,14 @@ class WorkerSide:
     # ---- loading, keeping -------------------------------------------------------------------------------------
 
     def start(self, plan: StepPlan) -> None:
-        """Hand over to the thread."""
+        """What this step reads is loaded when it returns; the rest is handed over to the thread."""
+        beside = [load for load in plan.loads if not load.in_step]
         with self._done:
-            self._running += len(plan.loads) + len(plan.keeps)
+            self._running += len(beside) + len(plan.keeps)
         for load in plan.loads:
+            if load.in_step:
+                self._load_in_step(load)
+        for load in beside:
             self._put(_COPY, load)
         for keep in plan.keeps:
             self._put(_KEEP, _Keeping(keep.request, self._keeper.pieces(keep)))
@@ -162,7 +169,7 @@ class WorkerSide:
         reported, self._reported = self._reported, set()
         return reported
 
-    def _put(self, order: int, work: "Load | _Saving | _Keeping | None") -> None:
+    def _put(self, order: int, work: "_Work | None") -> None:
         self._queue.put((order, next(self._serial), work))
 
     def _run(self) -> None:
@@ -173,11 +180,12 @@ class WorkerSide:
             if isinstance(work, _Saving):
                 self._save_taken(work)
                 continue
-            try:
-                invalid = self._load(work)
-            except Exception:  # the thread's boundary: a load that breaks must still end, as a recompute
-                log.exception("kv: load failed")
-                invalid = {page.block_id for page in work.pages}
+            if isinstance(work, Loaded):
+                self._tell(work)
+                continue
+            invalid, loaded = self._copy_in(work)
+            if loaded is not None:
+                self._tell(loaded)
             with self._done:
                 self._invalid |= invalid
                 self._received.add(work.request)
@@ -202,9 +210,23 @@ class WorkerSide:
             self._running -= 1
             self._done.notify_all()
 
-    def _load(self, load: Load) -> set[int]:
-        """Returns the pages that were not filled."""
-        invalid, loaded = self._copier.copy_in(load)
+    def _load_in_step(self, load: Load) -> None:
+        """The store hears of it from the thread: it must not hold up the step."""
+        invalid, loaded = self._copy_in(load)
+        with self._done:
+            self._invalid |= invalid
+        if loaded is not None:
+            self._put(_COPY, loaded)
+
+    def _copy_in(self, load: Load) -> tuple[set[int], Loaded | None]:
+        """Returns the pages that were not filled, and what the store is to hear."""
+        try:
+            return self._copier.copy_in(load)
+        except Exception:  # a load that breaks must still end, as a recompute
+            log.exception("kv: load failed")
+            return {page.block_id for page in load.pages}, None
+
+    def _tell(self, loaded: Loaded) -> None:
         try:
             self._client.loaded(
                 loaded.lease,
@@ -215,7 +237,8 @@ class WorkerSide:
             )
         except BatonError as error:
             log.warning("kv: load not counted: %s", error.message)
-        return invalid
+        except Exception:  # the thread's boundary
+            log.exception("kv: load not counted")
 
     def close(self) -> None:
         if self._thread.is_alive():

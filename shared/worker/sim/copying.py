@@ -29,7 +29,7 @@ JOIN_S = 5.0
 class Copied:
     """The end of a copy; `invalid` pages of a load could not be filled."""
 
-    copy: Load | Save | Keep
+    copy: Load | Save | Keep | Loaded
     invalid: set[int] = field(default_factory=set)
 
 
@@ -45,7 +45,7 @@ class CopyThread:
         self._keeper = Keeper(client, self._copier, geometry)
         self._on_copied = on_copied
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[Load | Save | Keep | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Load | Save | Keep | Loaded | None] = queue.SimpleQueue()
         self._told: list[Copied] = []
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="sim-copies", daemon=True)
@@ -53,6 +53,19 @@ class CopyThread:
 
     def put(self, copy: Load | Save | Keep) -> None:
         self._queue.put(copy)
+
+    def load_now(self, load: Load) -> tuple[set[int], bool]:
+        """On the caller's thread. Returns the pages that could not be filled, and whether the store is to hear of it.
+
+        It does from the thread; a `Copied` of a `Loaded` then says that it has.
+        """
+        try:
+            invalid, report = self._copier.copy_in(load)
+        except Exception as error:  # noqa: BLE001 - as on the thread
+            _explain(load, error)
+            return {page.block_id for page in load.pages}, False
+        self._queue.put(report)
+        return invalid, True
 
     def close(self) -> None:
         """Blocking: what runs is ended, what waits is not begun."""
@@ -62,7 +75,7 @@ class CopyThread:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch: list[Load | Save | Keep] = [first]
+            batch: list[Load | Save | Keep | Loaded] = [first]
             while len(batch) < AT_ONCE and not self._queue.empty():
                 following = self._queue.get()
                 if following is None:
@@ -80,11 +93,15 @@ class CopyThread:
             log.exception("kv: keeping failed")
         self._tell([Copied(keep) for keep in keeps])
 
-    def _copy(self, batch: list[Load | Save]) -> None:
+    def _copy(self, batch: list[Load | Save | Loaded]) -> None:
         reports: list[Commit | Loaded] = []
         saves: list[Copied] = []
         ended: list[Copied] = []
         for copy in batch:
+            if isinstance(copy, Loaded):
+                reports.append(copy)
+                saves.append(Copied(copy))
+                continue
             try:
                 if isinstance(copy, Save):
                     reports.append(self._copier.copy_out(copy))

@@ -2,8 +2,9 @@
 
 What is true: batching, chunks, blocks, preemption and prefix hits; the KV bytes, their way through the store, and that
 every token depends on them. What is modelled: how long a step takes. `speed` divides that; at infinity nobody sleeps.
-Invariants: a step's tokens go out when the step ends, at most one a choice; a choice's last delta goes out when what
-it had to save is in the store; ended copies are taken in between steps only.
+Invariants: a step's tokens go out when the step ends, at most one a choice; a deltas go out when what their request
+had to save is in the store, and what it loaded within a step was counted there; ended copies are taken in between steps
+only.
 """
 
 import asyncio
@@ -19,7 +20,8 @@ from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineFailed, SettingsError
 from shared.kv.copies import Keep, Load, Save, StepPlan
-from shared.kv.copy_planner import CopyPlanner
+from shared.kv.copy_planner import IN_STEP_BYTES, CopyPlanner
+from shared.kv.messages import Loaded
 from shared.kv.rank_client import RankClient
 from shared.model_files import model_folder, read_tokenizer, vocabulary_size
 from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequest
@@ -75,7 +77,8 @@ class SimEngine:
         self._contents = contents
         self._table = table
         self._pool = pool
-        self._planner = CopyPlanner(shape.block_size, keep_limit=pool.count // HELD_SHARE)
+        in_step_limit = IN_STEP_BYTES // shape.block_bytes
+        self._planner = CopyPlanner(shape.block_size, keep_limit=pool.count // HELD_SHARE, in_step_limit=in_step_limit)
         limits = Limits(
             max_running=shape.max_running, token_budget=shape.token_budget, prefix_caching=shape.prefix_caching
         )
@@ -87,8 +90,8 @@ class SimEngine:
         )
         self._copies: CopyThread | None = None
         self._copied: list[Copied] = []
-        self._saving: dict[str, int] = {}  # saves under way, by lease
-        self._held: dict[str, list[tuple[Stream, EngineDelta]]] = {}  # last deltas, by the lease that they wait for
+        self._telling: dict[str, int] = {}  # by lease: saves under way, and loads that the store is still to hear of
+        self._held: dict[str, list[tuple[Stream, EngineDelta]]] = {}  # deltas, by the lease that they wait for
         self._streams: set[Stream] = set()
         self._counts = SimCounts(registry)
         self._liveness = Liveness(time.monotonic())
@@ -206,7 +209,7 @@ class SimEngine:
                 self._liveness.sign(time.monotonic())
                 self._take_copied()
                 step = self._scheduler.schedule()
-                self._start_copies(step.copies)
+                self._start_copies(step)
                 if step.is_empty and not step.preempted and not self._copied:
                     self._ended_s = None
                     self._wake.clear()
@@ -283,7 +286,7 @@ class SimEngine:
         delta: EngineDelta = choice.sample(table)
         if delta.finish is None:
             first = choice.produced == 1
-            choice.stream.push(msgspec.structs.replace(delta, cached_tokens=choice.cached) if first else delta)
+            self._push(choice, msgspec.structs.replace(delta, cached_tokens=choice.cached) if first else delta)
             return
         self._keep(choice)
         account = self._scheduler.end(choice)
@@ -295,10 +298,13 @@ class SimEngine:
             recomputed_tokens=account.get("recomputed_tokens", 0),
             unkept_tokens=account.get("unkept_tokens", 0),
         )
-        if choice.lease in self._saving:
-            self._held.setdefault(choice.lease, []).append((choice.stream, last))
+        self._push(choice, last)
+
+    def _push(self, choice: Choice, delta: EngineDelta) -> None:
+        if choice.lease in self._telling:
+            self._held.setdefault(choice.lease, []).append((choice.stream, delta))
         else:
-            choice.stream.push(last)
+            choice.stream.push(delta)
 
     def _keep(self, choice: Choice) -> None:
         """Before it gives up its blocks: hold those that the next turn begins with until they are stored."""
@@ -360,19 +366,33 @@ class SimEngine:
             log.error("engine: %d KV blocks of a prompt are wrong: its text will be, too", wrong)
         return total & MASK
 
-    def _start_copies(self, copies: StepPlan) -> None:
-        for load in copies.loads:
+    def _start_copies(self, step: Step) -> None:
+        if in_step := [load for load in step.copies.loads if load.in_step]:
+            invalid = set().union(*map(self._load_in_step, in_step))
+            self._scheduler.loaded_in_step(step, {load.request for load in in_step}, invalid)
+        for load in step.copies.loads:
+            if load.in_step:
+                continue
             if self._copies is not None:
                 self._copies.put(load)
             else:
                 self._on_copied([Copied(load, {page.block_id for page in load.pages})])
-        for keep in copies.keeps:
+        for keep in step.copies.keeps:
             if self._copies is not None:
                 self._copies.put(keep)
 
+    def _load_in_step(self, load: Load) -> set[int]:
+        """Returns the pages that could not be filled."""
+        if self._copies is None:
+            return {page.block_id for page in load.pages}
+        invalid, is_told = self._copies.load_now(load)
+        if is_told:
+            self._telling[load.lease] = self._telling.get(load.lease, 0) + 1
+        return invalid
+
     def _start_saves(self, copies: StepPlan) -> None:
         for save in copies.saves:
-            self._saving[save.lease] = self._saving.get(save.lease, 0) + 1
+            self._telling[save.lease] = self._telling.get(save.lease, 0) + 1
             if self._copies is not None:
                 self._copies.put(save)
             else:
@@ -382,7 +402,9 @@ class SimEngine:
         """A prompt whose blocks are stored has ended: it does not wait for the step of others that runs meanwhile."""
         for each in copied:
             if isinstance(each.copy, Save):
-                self._saved(each.copy)
+                self._scheduler.saved(each.copy)
+            if isinstance(each.copy, (Save, Loaded)):
+                self._told(each.copy.lease)
             else:
                 self._copied.append(each)
         self._wake.set()
@@ -396,13 +418,12 @@ class SimEngine:
                 self._planner.keeps_ended((each.copy.request,))
                 self._pool.end_copy(each.copy.block_ids)
 
-    def _saved(self, save: Save) -> None:
-        self._scheduler.saved(save)
-        self._saving[save.lease] -= 1
-        if not self._saving[save.lease]:
-            del self._saving[save.lease]
-            for stream, last in self._held.pop(save.lease, []):
-                stream.push(last)
+    def _told(self, lease: str) -> None:
+        self._telling[lease] -= 1
+        if not self._telling[lease]:
+            del self._telling[lease]
+            for stream, delta in self._held.pop(lease, []):
+                stream.push(delta)
 
 
 def _block_count(shape: SimShape, kv_bytes: int) -> int:

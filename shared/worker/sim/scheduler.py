@@ -153,20 +153,33 @@ class Scheduler:
         if sequence.has_ended:
             self._release(sequence)
             return
-        size, good = self._size, sequence.computed
-        for block in range(sequence.hits, len(sequence.blocks)):
-            block_id, start = sequence.blocks[block], block * size
-            if block_id in invalid:
-                good = min(good, start)
-            self._pool.fills[block_id] = min(size, sequence.prompt_tokens - start) if start < good else 0
-        sequence.computed = good
-        sequence.cached = min(sequence.cached, good)
+        good = sequence.computed = self._fill(sequence, sequence.computed, invalid)
         if good:
             self._name_blocks(sequence)
             self._loaded.append(sequence)
         else:
             self._release(sequence)
             self._waiting.appendleft(sequence)
+
+    def loaded_in_step(self, step: Step, sequence_ids: set[str], invalid: set[int]) -> None:
+        """The loads within this step have ended: what could not be filled is computed in it, too."""
+        self._planner.loads_ended((), invalid)
+        for chunk in step.chunks:
+            if chunk.sequence.id in sequence_ids:
+                start, chunk.start = chunk.start, self._fill(chunk.sequence, chunk.start, invalid)
+                if chunk.start < start:
+                    self._planner.computed_more(chunk.sequence.id, chunk.end - chunk.start)
+
+    def _fill(self, sequence: Sequence, end: int, invalid: set[int]) -> int:
+        """Its blocks up to token `end` but for the hits were loaded. Returns up to where without a gap."""
+        size, good = self._size, end
+        for block in range(sequence.hits, self._blocks_of(end)):
+            block_id, start = sequence.blocks[block], block * size
+            if block_id in invalid:
+                good = min(good, start)
+            self._pool.fills[block_id] = min(size, sequence.prompt_tokens - start) if start < good else 0
+        sequence.cached = min(sequence.cached, good)
+        return good
 
     def saved(self, save: Save) -> None:
         self._pool.end_copy(page.block_id for page in save.pages)
@@ -270,8 +283,10 @@ class Scheduler:
         if hits:
             step.hits.append((sequence.reading, hits))
         if external:
+            in_step = self._planner.loads_in_step(external)
             self._planner.allocated(sequence.id, sequence.blocks, len(sequence.tokens), external)
-            self._loading[sequence.id] = sequence
+            if not in_step:
+                self._loading[sequence.id] = sequence
         return True
 
     def _fits(self, sequence: Sequence, blocks: list[int], *, held: bool) -> bool:
