@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.002
 
 
-_STOP, _COPY, _KEEP = range(3)
+_STOP, _TELL, _COPY, _KEEP = range(4)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class WorkerSide:
         with self._done:
             self._invalid |= invalid
         if loaded is not None:
-            self._put(_COPY, loaded)
+            self._put(_TELL, loaded)
 
     def _copy_in(self, load: Load) -> tuple[set[int], Loaded | None]:
         """Returns the pages that were not filled, and what the store is to hear."""
