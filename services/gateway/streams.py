@@ -168,6 +168,7 @@ class Streams:
     def __init__(self, on_stranger: OnStranger) -> None:
         self._by_request: dict[str, Stream] = {}
         self._on_stranger = on_stranger
+        self._fed: dict[Stream, None] = {}  # since rows were delivered last
         self.bad_rows = 0
 
     def __len__(self) -> int:
@@ -184,8 +185,9 @@ class Streams:
             del self._by_request[stream.request]
 
     def put(self, batch: wire.TokenBatch, now: float) -> None:
+        """Rows go on in the next turn of the loop: with those of other batches that have come by then, in one write."""
         strangers: set[tuple[str, int]] = set()
-        fed: dict[str, Stream] = {}
+        fed, waited = self._fed, bool(self._fed)
         plain = not (batch.finish or batch.usage or batch.failures or batch.logprobs or batch.prompt_logprobs)
         for index, request in enumerate(batch.requests):
             try:
@@ -194,7 +196,7 @@ class Streams:
                 if stream is None or stream.attempt != attempt:
                     strangers.add((request, attempt))
                     continue
-                fed[request] = stream
+                fed[stream] = None
                 if plain:
                     row = Row(stream.first + batch.choices[index], batch.texts[index], batch.tokens[index])
                     stream.put(batch.sequences[index], row, None, now)
@@ -203,10 +205,15 @@ class Streams:
             except Exception:  # a worker's bad row must not cost the other rows
                 self.bad_rows += 1
                 log.exception("a row of %s dropped", batch.worker)
-        for stream in fed.values():
-            _deliver(stream)
+        if fed and not waited:
+            asyncio.get_running_loop().call_soon(self._deliver)
         for request, attempt in strangers:
             self._on_stranger(batch.worker, request, attempt)
+
+    def _deliver(self) -> None:
+        fed, self._fed = self._fed, {}
+        for stream in fed:
+            _deliver(stream)
 
     def check(self, now: float, progress_s: float) -> None:
         """Fail every stream that made no progress for so long."""
