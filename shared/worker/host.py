@@ -2,7 +2,8 @@
 
 A prefill worker and a decode worker differ in what they advertise (`takes`), nothing else. A worker advertises itself
 only after a real completion through its own handlers. SIGTERM drains; a dead engine or an unhealthy KV client ends
-the process, because a new one is the way back.
+the process, because a new one is the way back. Whatever hangs while it ends does so for END_S at most: a worker that
+gives its node's memory back late keeps the next one from starting.
 
 So does an engine that is wedged: no sign of life for `wedge_s`. From half of that on `/ready` answers 503 and nothing
 is advertised, so that nothing new is placed here; then the worker gives its jobs one clear failure and exits with 1,
@@ -12,6 +13,7 @@ standing still. If it failed for a wedged engine too, the probe would kill the h
 """
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -55,6 +57,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.2
 ENGINE_CHECK_S = 1.0
+END_S = 20.0  # from the end of the drain to that of the process; an engine that does not end by itself takes 5
 BYTES_PER_GIB = 1 << 30
 GC_THRESHOLD = (50_000, 20, 50)  # jobs leave no cycles to speak of, and a collection holds up every stream
 
@@ -231,6 +234,8 @@ class Worker:
                 running.append(tasks.create_task(self._beat(bus, context, probes.url)))
                 await self._stop.wait()
                 await self._drain(context)
+            # What hangs from here on is told, every thread with its stack, and ends with the process.
+            faulthandler.dump_traceback_later(END_S, exit=True)
             for task in running:
                 task.cancel()
             await self._spans.flush(bus, cluster)
