@@ -169,14 +169,22 @@ class Bus:
         return await self._client.subscribe(subject, cb=on_message)
 
     async def round_trip(self) -> None:
-        """To the server and back, once."""
-        await self._client.flush(timeout=5)
+        """To the server and back, once.
+
+        In a task of its own: the client waits by `wait_for`, which loses a cancellation that comes with the answer
+        (Python 3.11), and who was cancelled would go on for ever.
+        """
+        trip = asyncio.create_task(self._client.flush(timeout=5))
+        try:
+            await asyncio.shield(trip)
+        finally:
+            trip.cancel()
 
     async def flush(self) -> None:
         """Until the server has seen everything sent so far, e.g. that a subscription is in place."""
         # nats-py writes its PING before what it has in its buffer; that goes out while the first PONG is awaited.
         for _ in range(2):
-            await self._client.flush(timeout=5)
+            await self.round_trip()
 
     async def close(self) -> None:
         """Cancel running handlers and disconnect."""
