@@ -1,7 +1,6 @@
 """A worker that joins a cluster of another model."""
 
 import asyncio
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,20 +11,14 @@ from shared.bus import Bus
 from shared.errors import SettingsError
 from shared.worker.neighbours import Neighbours
 from tests.support.fake_workers import FakeWorker, Handoffs
+from tests.support.worker_environ import sim_worker
 
 ROOT = Path(__file__).parents[2]
 
 
 async def test_a_stranger_is_told_and_ends(nats_url: str, tiny_model: Path) -> None:
     other = await FakeWorker(nats_url, Handoffs(), worker="prefill-0", role="prefill", model="llama").start()
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("BATON_", "OTEL_"))}
-    environ = own | {
-        "BATON_ID": "decode-0",
-        "BATON_CLUSTER": "test",
-        "BATON_NATS_URL": nats_url,
-        "BATON_MODEL": str(tiny_model),
-        "BATON_ENGINE": "sim",
-    }
+    environ = sim_worker(nats_url, tiny_model, "test")
     try:
         worker = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "services.decode_worker", env=environ, cwd=ROOT, stderr=subprocess.PIPE

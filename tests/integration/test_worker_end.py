@@ -1,10 +1,11 @@
 """A worker whose end hangs."""
 
 import asyncio
-import os
 import signal
 import sys
 from pathlib import Path
+
+from tests.support.worker_environ import sim_worker
 
 ROOT = Path(__file__).parents[2]
 HANGS = """
@@ -21,14 +22,7 @@ host.main("decode")
 
 
 async def test_it_ends_all_the_same_and_says_where(nats_url: str, tiny_model: Path) -> None:
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("BATON_", "OTEL_"))}
-    environ = own | {
-        "BATON_ID": "decode-0",
-        "BATON_CLUSTER": "end",
-        "BATON_NATS_URL": nats_url,
-        "BATON_MODEL": str(tiny_model),
-        "BATON_ENGINE": "sim",
-    }
+    environ = sim_worker(nats_url, tiny_model, "end")
     worker = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HANGS, env=environ, cwd=ROOT, stderr=asyncio.subprocess.PIPE
     )
