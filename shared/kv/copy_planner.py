@@ -82,11 +82,11 @@ class CopyPlanner:
         """Whether so many tokens are loaded within this step, and the rest of their prompt computed in it."""
         return 0 < -(-external_tokens // self._block_size) <= self._in_step_left
 
-    def allocated(self, request_id: str, block_ids: list[int], total_tokens: int, external_tokens: int) -> None:
-        """Pages are there for what `matched_tokens` promised: plan the load."""
+    def allocated(self, request_id: str, block_ids: list[int], total_tokens: int, external_tokens: int) -> bool:
+        """Pages are there for what `matched_tokens` promised: plan the load. Returns whether it is within this step."""
         tracked = self._requests.get(request_id)
         if tracked is None or external_tokens <= 0:
-            return
+            return False
         plan = tracked.plan
         covered = self._covered(tracked, total_tokens)
         first = (covered - external_tokens) // self._block_size
@@ -98,6 +98,7 @@ class CopyPlanner:
         if in_step:
             self._in_step_left -= len(pages)
         self._loads.append(Load(request_id, plan.arena, plan.lease, pages, in_step))
+        return in_step
 
     def _covered(self, tracked: _Tracked, total_tokens: int) -> int:
         """Tokens from the first on that are worth loading. The last one is always computed: it gives the logits."""

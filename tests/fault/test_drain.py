@@ -83,8 +83,7 @@ def terminate(cluster: Cluster, service_id: str) -> psutil.Process:
 
 
 def is_draining(cluster: Cluster, service_id: str) -> bool:
-    (state,) = [service["state"] for service in cluster.status()["services"] if service["id"] == service_id]
-    return state == "draining"
+    return bool(cluster.service(service_id)["state"] == "draining")
 
 
 async def ended_with_0(cluster: Cluster, service_id: str) -> None:

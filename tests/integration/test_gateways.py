@@ -114,7 +114,7 @@ async def load(cluster: Cluster, questions: list[Question], *limits: httpx.Limit
 
 
 def state(cluster: Cluster, gateway: str) -> tuple[str, int]:
-    (found,) = [service for service in cluster.services("gateway") if service["id"] == gateway]
+    found = cluster.service(gateway)
     return str(found["state"]), int(found["pid"])
 
 

@@ -33,8 +33,7 @@ def engine_core(cluster: Cluster, worker: str) -> psutil.Process:
 
 
 def metrics_page(cluster: Cluster, service_id: str) -> str:
-    (found,) = [service["metrics_url"] for service in cluster.status()["services"] if service["id"] == service_id]
-    return str(found)
+    return str(cluster.service(service_id)["metrics_url"])
 
 
 def holds(cluster: Cluster) -> dict[str, float]:

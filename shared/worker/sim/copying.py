@@ -1,8 +1,9 @@
 """A thread that copies blocks between the sim's pages and the node's arena, beside the steps.
 
-Invariants: every load and save ends in exactly one `Copied`, told on the engine's loop; a load's comes as soon as its
-bytes are there, a save's when the store has answered its commit. What waits is copied first and reported in one go:
-a call to the store for each of a thousand short prompts a second would take the interpreter from the loop as often.
+What was loaded before a step it only tells the store. Invariants: every load and save given to it ends in exactly one
+`Copied`, told on the engine's loop; a load's comes as soon as its bytes are there, a save's when the store has answered
+its commit. What waits is copied first and reported in one go: a call to the store for each of a thousand short prompts
+a second would take the interpreter from the loop as often.
 """
 
 import asyncio
@@ -95,17 +96,17 @@ class CopyThread:
 
     def _copy(self, batch: list[Load | Save | Loaded]) -> None:
         reports: list[Commit | Loaded] = []
-        saves: list[Copied] = []
+        answered: list[Copied] = []  # told behind the loads, which somebody waits for
         ended: list[Copied] = []
         for copy in batch:
             if isinstance(copy, Loaded):
                 reports.append(copy)
-                saves.append(Copied(copy))
+                answered.append(Copied(copy))
                 continue
             try:
                 if isinstance(copy, Save):
                     reports.append(self._copier.copy_out(copy))
-                    saves.append(Copied(copy))
+                    answered.append(Copied(copy))
                 else:
                     invalid, report = self._copier.copy_in(copy)
                     reports.append(report)
@@ -118,7 +119,7 @@ class CopyThread:
             if refusal is not None:
                 what = "not committed" if isinstance(told, Commit) else "load not counted"
                 log.warning("kv: %s: %s", what, refusal.message)
-        self._tell([*ended, *saves])
+        self._tell([*ended, *answered])
 
     def _tell(self, ended: list[Copied]) -> None:
         if not ended:

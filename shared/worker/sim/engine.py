@@ -2,8 +2,8 @@
 
 What is true: batching, chunks, blocks, preemption and prefix hits; the KV bytes, their way through the store, and that
 every token depends on them. What is modelled: how long a step takes. `speed` divides that; at infinity nobody sleeps.
-Invariants: a step's tokens go out when the step ends, at most one a choice; a deltas go out when what their request
-had to save is in the store, and what it loaded within a step was counted there; ended copies are taken in between steps
+Invariants: a step's tokens go out when the step ends, at most one a choice; deltas go out when what their request had
+to save is in the store, and what it loaded within a step was counted there; ended copies are taken in between steps
 only.
 """
 

@@ -282,11 +282,8 @@ class Scheduler:
             sequence.cached = local + external
         if hits:
             step.hits.append((sequence.reading, hits))
-        if external:
-            in_step = self._planner.loads_in_step(external)
-            self._planner.allocated(sequence.id, sequence.blocks, len(sequence.tokens), external)
-            if not in_step:
-                self._loading[sequence.id] = sequence
+        if external and not self._planner.allocated(sequence.id, sequence.blocks, len(sequence.tokens), external):
+            self._loading[sequence.id] = sequence
         return True
 
     def _fits(self, sequence: Sequence, blocks: list[int], *, held: bool) -> bool:
