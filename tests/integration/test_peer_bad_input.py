@@ -285,7 +285,7 @@ async def test_a_source_that_stops_in_the_middle_of_a_block_keeps_its_slot_from_
         await d.host.release("d")
         assert d.store.counts()["revoked"] == 3
         await d.until(lambda: not d.held, "slots were not given back")
-        assert d.refused(frames.STALLED) == 1
+        await d.until(lambda: d.refused(frames.STALLED) == 1, "it was not counted")
         source.close()
 
 
