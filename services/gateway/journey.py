@@ -20,6 +20,7 @@ from services.gateway.answer import Answer, answer
 from services.gateway.edge import pieces, reading
 from services.gateway.edge.render import Form, Prompt, Usage
 from services.gateway.edge.requests import Body, ChatBody, CompletionBody
+from services.gateway.edge.tokens import Fits
 from services.gateway.epilogue import Epilogue
 from services.gateway.exchange import Exchange
 from services.gateway.gateway import Gateway
@@ -187,14 +188,14 @@ class Journey:
         if isinstance(body, ChatBody):
             characters = sum(len(message.text()) for message in body.messages)
             fit_text(characters, tokenizer.longest, context, param="messages")
-            return {"messages": Prompt(tokens=await tokenizer.chat(body.messages))}
+            return {"messages": Prompt(tokens=await tokenizer.chat(body.messages, self._fits("messages")))}
         if not isinstance(body, CompletionBody):
             raise TypeError(f"no prompt in a {type(body).__name__}")
         prompts = {}
         for param, given in body.prompts():
             if isinstance(given, str):
                 fit_text(len(given), tokenizer.longest, context, param=param)
-            tokens = await tokenizer.text(given) if isinstance(given, str) else given
+            tokens = await tokenizer.text(given, self._fits(param)) if isinstance(given, str) else given
             if not tokens:
                 raise reading.empty(param)
             prompts[param] = Prompt(tokens=tokens)
@@ -202,6 +203,11 @@ class Journey:
                 text = given if isinstance(given, str) else await tokenizer.shown(tokens)
                 prompts[param] = Prompt(tokens=tokens, echo=text, opening=await tokenizer.shown(tokens[:1]))
         return prompts
+
+    def _fits(self, param: str) -> Fits:
+        """Whether a prompt of so many tokens leaves room for one more; it raises ContextLengthExceeded."""
+        context = self._gateway.fleet.max_model_len
+        return lambda count: fit(count, None, context, prompt_param=param, limit_param="")
 
     def _limit(self, body: Body, tokens: list[int], param: str) -> int:
         context = self._gateway.fleet.max_model_len

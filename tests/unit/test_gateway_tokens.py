@@ -43,6 +43,23 @@ async def test_long_texts_leave_the_loop(tokenizer):
     assert threading.active_count() > before
 
 
+@pytest.mark.parametrize("length", [10, INLINE_CHARACTERS + 1])
+async def test_a_prompt_that_does_not_fit_is_refused_by_its_count(tokenizer, length):
+    counts = []
+
+    def fits(count):
+        counts.append(count)
+        raise InvalidRequest("too long")
+
+    with pytest.raises(InvalidRequest, match="too long"):
+        await tokenizer.text("a" * length, fits)
+    with pytest.raises(InvalidRequest, match="too long"):
+        await tokenizer.chat([Message(role="user", content="a" * length)], fits)
+    text, chat = counts
+    assert text == length + 1
+    assert chat > length
+
+
 async def test_a_template_may_refuse(tokenizer):
     with pytest.raises(InvalidRequest) as refused:
         await tokenizer.chat([Message(role="developer", content="x")])

@@ -27,6 +27,13 @@ INLINE_MESSAGES = 50
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+Fits = Callable[[int], object]  # of a prompt's length in tokens: raises where it is too long
+
+
+def _any_length(_: int) -> None:
+    pass
+
+
 class ChatTokenizer:
     """A model's tokeniser and chat template. Create with `load`."""
 
@@ -55,14 +62,15 @@ class ChatTokenizer:
         names = {name: _token_text(special[name]) for name in SPECIAL_TOKENS if special.get(name)}
         return cls(tokenizer, _template_text(folder, config), names, vocabulary_size(folder, tokenizer))
 
-    async def chat(self, messages: list[Message]) -> list[int]:
-        """The prompt of a conversation. Raises InvalidRequest when the template refuses it."""
+    async def chat(self, messages: list[Message], fits: Fits = _any_length) -> list[int]:
+        """The prompt of a conversation. Raises InvalidRequest when the template refuses it, and what `fits` raises."""
         many = len(messages) > INLINE_MESSAGES
         size = INLINE_CHARACTERS + 1 if many else sum(len(message.text()) for message in messages)
-        return await _aside(size, lambda: self._encode(self._render(messages), special=False))
+        return await _aside(size, lambda: self._encode(self._render(messages), fits, special=False))
 
-    async def text(self, text: str) -> list[int]:
-        return await _aside(len(text), lambda: self._encode(text, special=True))
+    async def text(self, text: str, fits: Fits = _any_length) -> list[int]:
+        """Raises what `fits` raises."""
+        return await _aside(len(text), lambda: self._encode(text, fits, special=True))
 
     async def shown(self, tokens: Sequence[int]) -> str:
         """The text of a prompt that came as ids, special tokens included, as vLLM echoes it."""
@@ -72,8 +80,11 @@ class ChatTokenizer:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
 
-    def _encode(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+    def _encode(self, text: str, fits: Fits, *, special: bool) -> list[int]:
+        """Counted before it becomes a list: that takes the interpreter 50 ms for a million tokens."""
+        encoded = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
+        fits(len(encoded))
+        ids: list[int] = encoded.ids
         return ids
 
     def _render(self, messages: list[Message]) -> str:
