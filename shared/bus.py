@@ -36,6 +36,8 @@ MessageHandler = Callable[[wire.AnyMessage], None]
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 CONNECT_S = 10.0
+TRIP_S = 5.0  # to the server and back, for who waits;
+ABANDONED_S = 60.0  # an answer that nobody waits for: a dead connection is found sooner
 REMEMBERED = 16  # latest errors, for the line that says why nobody could be joined
 NO_RESPONDERS = "503"  # the server's status where nobody listens
 
@@ -48,6 +50,7 @@ class Bus:
         self._max_handlers = max_handlers
         self._handlers: set[asyncio.Task[None]] = set()
         self._inbox = f"{inbox}.{uuid.uuid4().hex}"
+        self._trips: set[asyncio.Task[None]] = set()
         self._numbers = count()
         self._open: dict[str, asyncio.Future[Msg]] = {}  # questions, by number; each has a deadline
         self.bad_messages = 0  # read by each service's metrics
@@ -169,19 +172,32 @@ class Bus:
         return await self._client.subscribe(subject, cb=on_message)
 
     async def round_trip(self) -> None:
-        """To the server and back, once.
+        """To the server and back, once. Raises BusUnavailable, after TRIP_S at the latest.
 
-        In a task of its own: the client waits by `wait_for`, which loses a cancellation that comes with the answer
-        (Python 3.11), and who was cancelled would go on for ever.
+        In a task that goes on when nobody waits any more: an answer to who was cancelled ends the client's reading,
+        and a cancellation that comes with the answer is lost in its `wait_for` (Python 3.11).
         """
-        trip = asyncio.create_task(self._client.flush(timeout=5))
+        if not self.connected:
+            raise BusUnavailable("the bus is away")
+        trip = asyncio.create_task(self._client.flush(timeout=ABANDONED_S))
+        self._trips.add(trip)
+        trip.add_done_callback(self._returned)
         try:
-            await asyncio.shield(trip)
-        finally:
-            trip.cancel()
+            async with asyncio.timeout(TRIP_S):
+                await asyncio.shield(trip)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
+
+    def _returned(self, trip: "asyncio.Task[None]") -> None:
+        self._trips.discard(trip)
+        if not trip.cancelled():
+            trip.exception()  # whoever waits has been told
 
     async def flush(self) -> None:
-        """Until the server has seen everything sent so far, e.g. that a subscription is in place."""
+        """Until the server has seen everything sent so far, e.g. that a subscription is in place.
+
+        Raises BusUnavailable.
+        """
         # nats-py writes its PING before what it has in its buffer; that goes out while the first PONG is awaited.
         for _ in range(2):
             await self.round_trip()
@@ -193,6 +209,9 @@ class Bus:
         await asyncio.gather(*self._handlers, return_exceptions=True)
         with contextlib.suppress(OSError, nats.errors.Error):  # the server may have gone first
             await self._client.close()
+        for trip in self._trips:
+            trip.cancel()
+        await asyncio.gather(*self._trips, return_exceptions=True)
 
     async def _answer(self, msg: Msg, handler: RequestHandler) -> None:
         try:

@@ -4,10 +4,10 @@ import asyncio
 import contextlib
 import time
 
-import nats.errors
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from shared.bus import Bus
+from shared.errors import BatonError
 
 EVERY_S = 2.0
 ROUND_TRIPS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0)
@@ -30,7 +30,7 @@ class BusMetrics:
         self._handlers.set_function(lambda: bus.running_handlers)
         while True:
             began = time.perf_counter()
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):  # it is away: `connected` says so
+            with contextlib.suppress(BatonError):  # it is away: `connected` says so
                 await bus.round_trip()
                 self._trip.observe(time.perf_counter() - began)
             await asyncio.sleep(EVERY_S)

@@ -13,6 +13,7 @@ standing still. If it failed for a wedged engine too, the probe would kill the h
 """
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 0.2
 ENGINE_CHECK_S = 1.0
+LAST_WORDS_S = 2.0
 END_S = 20.0  # from the end of the drain to that of the process; an engine that does not end by itself takes 5
 BYTES_PER_GIB = 1 << 30
 GC_THRESHOLD = (50_000, 20, 50)  # jobs leave no cycles to speak of, and a collection holds up every stream
@@ -233,14 +235,14 @@ class Worker:
                 log.info("ready: takes %s", ", ".join(self._takes))
                 running.append(tasks.create_task(self._beat(bus, context, probes.url)))
                 await self._stop.wait()
-                await self._drain(context)
+                await self._drain(bus, context)
             # What hangs from here on is told, every thread with its stack, and ends with the process.
             faulthandler.dump_traceback_later(END_S, exit=True)
             for task in running:
                 task.cancel()
             await self._spans.flush(bus, cluster)
 
-    async def _drain(self, context: WorkerContext) -> None:
+    async def _drain(self, bus: Bus, context: WorkerContext) -> None:
         """Refuse new jobs, let the running ones end within the grace period, end the rest with a clear error."""
         self._state = "draining"
         context.draining = True
@@ -251,6 +253,9 @@ class Worker:
         else:
             await context.jobs.drain(self._settings.drain_s, Draining("this worker is shutting down"))
         await context.batches.flush()
+        with contextlib.suppress(BatonError, TimeoutError):  # the bus is away, and with it everybody who waits
+            async with asyncio.timeout(LAST_WORDS_S):
+                await bus.flush()  # before the store says that this worker has gone
 
     async def _beat(self, bus: Bus, context: WorkerContext, metrics_url: str) -> None:
         subject = subjects.beat(self._settings.cluster, self._role, self._settings.id)
