@@ -7,6 +7,7 @@ recomputing where a load fails, and fills a request's unset parameters with the 
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import msgspec
 
 from shared import wire
 from shared.errors import EngineFailed, InvalidRequest, SettingsError
+from shared.parent_death import die_with_parent
 from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequest
 from shared.worker.liveness import Liveness
 from shared.worker.rates import Steps
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 CONNECTOR = "BatonConnector"
 CONNECTOR_MODULE = "services.kv_transfer.connector.connector"  # named by string: shared imports no service
 SHUTDOWN_S = 5.0
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +78,9 @@ class VllmEngine:
         Raises SettingsError for arguments or models that vLLM refuses, EngineFailed when its processes do not start.
         """
         set_environment(settings.cpu_cores)
+        wished = os.environ.get(START_METHOD, "")  # vLLM is about to overwrite it
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.executor.abstract import Executor
@@ -93,6 +98,10 @@ class VllmEngine:
         if not splits:
             log.warning("engine: this model's KV state cannot be handed over; it is served unsplit")
         forces = enable_forcing(config)
+        executor = config.parallel_config.distributed_executor_backend
+        if is_forked(executor, is_cpu=current_platform.is_cpu(), wished=wished):
+            os.environ[START_METHOD] = "fork"
+        leave_host_when_forked()
         try:
             llm = AsyncLLM(
                 vllm_config=config,
@@ -262,6 +271,28 @@ def can_split(config: "VllmConfig") -> bool:
     """One group of plain attention KV; recurrent state, encoder-decoder and pooling models are served whole."""
     model = config.model_config
     return not (model.is_hybrid or model.is_attention_free or model.is_encoder_decoder)
+
+
+def is_forked(executor: object, *, is_cpu: bool, wished: str) -> bool:
+    """Whether EngineCore starts as a copy of this process: it need not import torch and vLLM once more (ADR 24).
+
+    On CPUs, where vLLM would spawn it, and in one process: nothing here has used torch's threads, which no copy gets.
+    `executor`: as configured; `wished`: what the environment says, which wins.
+    """
+    return is_cpu and executor == "uni" and wished in ("", "fork")
+
+
+def leave_host_when_forked() -> None:
+    """A copy's signals would go on to this process's loop, which would take a SIGTERM for its own.
+
+    And it holds this process's port and its connection to the bus: it must not outlive it.
+    """
+
+    def leave() -> None:
+        signal.set_wakeup_fd(-1)
+        die_with_parent()
+
+    os.register_at_fork(after_in_child=leave)
 
 
 def _arguments(settings: EngineSettings) -> dict[str, Any]:

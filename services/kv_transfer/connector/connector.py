@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.request import RequestStatus
 
-from services.kv_transfer.connector.lifeline import die_with_parent
+from services.kv_transfer.connector.lifeline import die_with_host
 from services.kv_transfer.connector.worker_side import WorkerSide
 from shared.kv.copies import StepPlan
 from shared.kv.copy_planner import IN_STEP_BYTES, CopyPlanner
@@ -50,7 +50,7 @@ class BatonConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole, kv_cache_config: "KVCacheConfig") -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        die_with_parent()
+        die_with_host()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = CopyPlanner(
                 vllm_config.cache_config.block_size,
