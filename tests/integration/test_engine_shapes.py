@@ -17,6 +17,7 @@ from shared import wire
 from shared.kv.client import KvClient
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
 from tests.support.engine_bench import BLOCK, Bench, prompt_of
+from tests.support.own_engine import start_engine
 from tests.support.running_store import store_in_a_thread
 from tests.support.sensitive_model import HEAD_SIZE, KV_HEADS, LAYERS, make_sensitive_model
 
@@ -77,7 +78,7 @@ def shared_names() -> set[Path]:
 
 
 async def start(model: Path, socket: str, *, name: str = "one", **arguments: Any) -> VllmEngine:
-    return await VllmEngine.start(
+    return await start_engine(
         EngineSettings(
             model=str(model),
             revision="",

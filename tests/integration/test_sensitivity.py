@@ -20,6 +20,7 @@ from shared.kv.client import KvClient
 from shared.kv.messages import Attached, Reserved
 from shared.worker.engine import EngineRequest, KvPlan
 from shared.worker.vllm_engine import EngineSettings, VllmEngine
+from tests.support.own_engine import start_engine
 from tests.support.running_store import store_in_a_thread
 from tests.support.sensitive_model import make_sensitive_model
 
@@ -89,7 +90,7 @@ async def bench(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench
     folder = tmp_path_factory.mktemp("sensitivity")
     model = make_sensitive_model(folder / "model", max_model_len=MAX_LEN)
     with store_in_a_thread(folder) as socket:
-        engine = await VllmEngine.start(
+        engine = await start_engine(
             EngineSettings(
                 model=str(model),
                 revision="",

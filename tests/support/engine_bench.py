@@ -191,10 +191,11 @@ async def _start_sim(model: Path, socket: str, name: str) -> Engine:
 
 
 async def _start_vllm(model: Path, socket: str, name: str) -> Engine:
-    from shared.worker.vllm_engine import EngineSettings, VllmEngine
+    from shared.worker.vllm_engine import EngineSettings
+    from tests.support.own_engine import start_engine
 
     token_bytes = 4 * 2 * 2 * 64 * 4  # layers, keys and values, heads, head size, float32
-    return await VllmEngine.start(
+    return await start_engine(
         EngineSettings(
             model=str(model),
             revision="",
