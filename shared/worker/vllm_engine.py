@@ -79,6 +79,7 @@ class VllmEngine:
         """
         set_environment(settings.cpu_cores)
         wished = os.environ.get(START_METHOD, "")  # vLLM is about to overwrite it
+        leave_host_when_forked(threads=alone())
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -101,7 +102,6 @@ class VllmEngine:
         executor = config.parallel_config.distributed_executor_backend
         if is_forked(executor, is_cpu=current_platform.is_cpu(), wished=wished):
             os.environ[START_METHOD] = "fork"
-        leave_host_when_forked()
         try:
             llm = AsyncLLM(
                 vllm_config=config,
@@ -276,21 +276,37 @@ def can_split(config: "VllmConfig") -> bool:
 def is_forked(executor: object, *, is_cpu: bool, wished: str) -> bool:
     """Whether EngineCore starts as a copy of this process: it need not import torch and vLLM once more (ADR 24).
 
-    On CPUs, where vLLM would spawn it, and in one process: nothing here has used torch's threads, which no copy gets.
+    On CPUs, where vLLM would spawn it, and in one process.
     `executor`: as configured; `wished`: what the environment says, which wins.
     """
     return is_cpu and executor == "uni" and wished in ("", "fork")
 
 
-def leave_host_when_forked() -> None:
-    """A copy's signals would go on to this process's loop, which would take a SIGTERM for its own.
+def alone() -> int:
+    """Before vLLM is imported: torch computes on this thread only, here. Returns on how many it would have.
 
-    And it holds this process's port and its connection to the bus: it must not outlive it.
+    Its other threads, once there, are missing in a copy, which waits for them for ever.
+    """
+    import torch
+
+    threads: int = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads
+
+
+def leave_host_when_forked(threads: int) -> None:
+    """A copy computes on so many threads.
+
+    Its signals would go on to this process's loop, which would take a SIGTERM for its own; and it holds this process's
+    port and its connection to the bus, so that it must not outlive it.
     """
 
     def leave() -> None:
+        import torch
+
         signal.set_wakeup_fd(-1)
         die_with_parent()
+        torch.set_num_threads(threads)
 
     os.register_at_fork(after_in_child=leave)
 

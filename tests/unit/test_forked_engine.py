@@ -30,7 +30,7 @@ def test_a_signal_to_the_copy_is_not_the_host_s(monkeypatch, leaves):
     """Without letting go of the host's pipe it is: else this would show nothing."""
     hooks = {}
     monkeypatch.setattr(os, "register_at_fork", hooks.update)
-    vllm_engine.leave_host_when_forked()
+    vllm_engine.leave_host_when_forked(threads=1)
 
     async def host() -> bool:
         told = asyncio.Event()
