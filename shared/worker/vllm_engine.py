@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,7 @@ class VllmEngine:
         """
         set_environment(settings.cpu_cores)
         wished = os.environ.get(START_METHOD, "")  # vLLM is about to overwrite it
+        is_clean = "torch" not in sys.modules
         leave_host_when_forked(threads=alone())
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -100,7 +102,7 @@ class VllmEngine:
             log.warning("engine: this model's KV state cannot be handed over; it is served unsplit")
         forces = enable_forcing(config)
         executor = config.parallel_config.distributed_executor_backend
-        if is_forked(executor, is_cpu=current_platform.is_cpu(), wished=wished):
+        if is_forked(executor, is_cpu=current_platform.is_cpu(), is_clean=is_clean, wished=wished):
             os.environ[START_METHOD] = "fork"
         try:
             llm = AsyncLLM(
@@ -273,13 +275,14 @@ def can_split(config: "VllmConfig") -> bool:
     return not (model.is_hybrid or model.is_attention_free or model.is_encoder_decoder)
 
 
-def is_forked(executor: object, *, is_cpu: bool, wished: str) -> bool:
+def is_forked(executor: object, *, is_cpu: bool, is_clean: bool, wished: str) -> bool:
     """Whether EngineCore starts as a copy of this process: it need not import torch and vLLM once more (ADR 24).
 
     On CPUs, where vLLM would spawn it, and in one process.
-    `executor`: as configured; `wished`: what the environment says, which wins.
+    `executor`: as configured; `is_clean`: this process has not computed, see `alone`; `wished`: what the environment
+    says, which wins.
     """
-    return is_cpu and executor == "uni" and wished in ("", "fork")
+    return is_cpu and is_clean and executor == "uni" and wished in ("", "fork")
 
 
 def alone() -> int:

@@ -12,17 +12,18 @@ from shared.worker import vllm_engine
 
 
 @pytest.mark.parametrize(
-    ("is_cpu", "executor", "wished", "forked"),
+    ("is_cpu", "is_clean", "executor", "wished", "forked"),
     [
-        (True, "uni", "", True),
-        (True, "uni", "fork", True),
-        (True, "uni", "spawn", False),
-        (True, "mp", "", False),
-        (False, "uni", "", False),
+        (True, True, "uni", "", True),
+        (True, True, "uni", "fork", True),
+        (True, True, "uni", "spawn", False),
+        (True, True, "mp", "", False),
+        (True, False, "uni", "fork", False),
+        (False, True, "uni", "", False),
     ],
 )
-def test_only_one_process_on_cpus_is_a_copy(is_cpu, executor, wished, forked):
-    assert vllm_engine.is_forked(executor, is_cpu=is_cpu, wished=wished) is forked
+def test_only_one_process_on_cpus_is_a_copy(is_cpu, is_clean, executor, wished, forked):
+    assert vllm_engine.is_forked(executor, is_cpu=is_cpu, is_clean=is_clean, wished=wished) is forked
 
 
 @pytest.mark.parametrize("leaves", [True, False])
