@@ -17,6 +17,8 @@ from typing import Any
 import openai
 import psutil
 
+from shared.worker.vllm_engine import START_METHOD
+
 LAUNCHER = "services.launcher"
 BATON = [sys.executable, "-m", LAUNCHER]
 SHM = Path("/dev/shm")
@@ -121,7 +123,9 @@ PATIENT = '{"priority": {"ttft_s": 120, "itl_s": 60}, "default": {"ttft_s": 120,
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
-    return {**os.environ, "BATON_HOME": str(home), "BATON_TARGETS": PATIENT, **extra}
+    # vLLM writes how its processes start into the environment of whoever makes an engine, a test among them.
+    own = {key: value for key, value in os.environ.items() if key != START_METHOD}
+    return {**own, "BATON_HOME": str(home), "BATON_TARGETS": PATIENT, **extra}
 
 
 @contextlib.contextmanager
