@@ -52,7 +52,7 @@ class Bus:
         self._inbox = f"{inbox}.{uuid.uuid4().hex}"
         self._trips: set[asyncio.Task[None]] = set()
         self._numbers = count()
-        self._open: dict[str, asyncio.Future[Msg]] = {}  # questions, by number; each has a deadline
+        self._open: dict[str, Callable[[Msg], None]] = {}  # questions, by number; who asks has a deadline
         self.bad_messages = 0  # read by each service's metrics
         self.refused = 0  # subjects that this service's user may not use
         self.reconnects = 0  # each time, what others published meanwhile may be lost
@@ -123,7 +123,7 @@ class Bus:
     async def _exchange(self, subject: str, message: wire.Message, answer: "asyncio.Future[Msg]") -> Msg:
         """Send a question and wait for the end of `answer`, whoever ends it. Raises BusUnavailable."""
         number = str(next(self._numbers))
-        self._open[number] = answer
+        self._open[number] = lambda msg: None if answer.done() else answer.set_result(msg)
         try:
             if not answer.done():
                 headers, reply = telemetry.inject() or None, f"{self._inbox}.{number}"
@@ -135,9 +135,47 @@ class Bus:
             del self._open[number]
 
     async def _on_answer(self, msg: Msg) -> None:
-        answer = self._open.get(msg.subject.rpartition(".")[2])
-        if answer is not None and not answer.done():
-            answer.set_result(msg)
+        on_answer = self._open.get(msg.subject.rpartition(".")[2])
+        if on_answer is not None:
+            on_answer(msg)
+
+    # ---- questions whose answers are taken by a plain function ---------------------------------------------
+
+    def expect(self, on_answer: Callable[[wire.AnyMessage | BatonError], None]) -> str:
+        """Open a question; returns its number. `on_answer` gets the first answer, or the error that it carries.
+
+        Whoever opens it closes it: with `forget`, unless it was answered, and sees to its deadline.
+        """
+        number = str(next(self._numbers))
+
+        def take(msg: Msg) -> None:
+            del self._open[number]
+            try:
+                on_answer(_answer_of(msg))
+            except Exception:  # one bad answer must not silence all others
+                self.bad_messages += 1
+                log.exception("bus: an answer was dropped")
+
+        self._open[number] = take
+        return number
+
+    def forget(self, number: str) -> None:
+        self._open.pop(number, None)
+
+    def reply_subject(self, number: str) -> str:
+        """Where its answers go, whoever gives them."""
+        return f"{self._inbox}.{number}"
+
+    async def ask(
+        self, subject: str, message: wire.Message, number: str, *, headers: dict[str, str] | None = None
+    ) -> None:
+        """Send a question that was opened. `headers`: of its trace. Raises BusUnavailable."""
+        try:
+            await self._client.publish(
+                subject, wire.encode(message), reply=self.reply_subject(number), headers=headers or None
+            )
+        except (nats.errors.Error, OSError) as error:
+            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
 
     async def publish(self, subject: str, message: wire.Message) -> None:
         """Send and forget. Raises BusUnavailable."""
@@ -268,6 +306,18 @@ class Question(Generic[M]):
         if isinstance(reply, (self._expect, wire.Busy)):
             return reply
         raise Internal(f"unexpected {type(reply).__name__} on {self._subject}")
+
+
+def _answer_of(msg: Msg) -> wire.AnyMessage | BatonError:
+    if not msg.data and msg.headers and msg.headers.get("Status") == NO_RESPONDERS:
+        return WorkerLost("nobody listens there")
+    try:
+        reply = _decode(msg.data)
+    except Internal as error:
+        return error
+    if isinstance(reply, wire.Failure):
+        return from_wire(reply.code, reply.message, param=reply.param, retry_after_s=reply.retry_after_s)
+    return reply
 
 
 def failure(error: BatonError, backlog: wire.Backlog | None = None) -> wire.Failure:

@@ -72,6 +72,10 @@ class DecodeJob(Message, frozen=True):
     priority: int = 0
     # A resumed stream: packed ids, one entry a choice, with which the output begins; all rows are sent again.
     replay: list[bytes] = []
+    # Who computes the prompt, by the gateway's choice: asked by the decode worker as soon as it has reserved.
+    prefill_worker: str = ""
+    prefill_reply: str = ""  # where its answer goes: straight to the gateway
+    holders: dict[str, int] = {}  # for the PrefillJob
 
 
 class Accepted(Message, frozen=True):
@@ -82,6 +86,7 @@ class Accepted(Message, frozen=True):
     node: str
     lease: str
     cached_tokens: int = 0  # prompt tokens whose blocks its node already holds; all of them: no prefill is needed
+    asked_prefill: bool = False  # it has sent the PrefillJob; an older worker leaves that to the gateway
     backlog: Backlog = Backlog()
 
 

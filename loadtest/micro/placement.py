@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from loadtest.cluster.stream import percentile
-from services.gateway.placement import Candidate, Pools, Rules, Wish, place
+from services.gateway.scheduling.placement import Candidate, Pools, Rules, Wish, place
 
 SIZES = (2, 16, 128, 1000)
 BUSY = (0.0, 0.5, 0.95, 1.0)

@@ -19,13 +19,15 @@ from contextlib import asynccontextmanager
 import uvicorn
 import uvloop
 
-from services.gateway import shared_port
+from services.gateway import gateway as parts
 from services.gateway.access.access import Access
-from services.gateway.chores import Chores
-from services.gateway.edge.tokens import ChatTokenizer
-from services.gateway.gateway import Gateway
+from services.gateway.background import BackgroundTasks
+from services.gateway.gateway import Gateway, not_ready
+from services.gateway.http import shared_port
+from services.gateway.http.server import bound_sends, make_server
+from services.gateway.http.tokenizer import ChatTokenizer
 from services.gateway.metrics import Metrics
-from services.gateway.server import bound_sends, make_server
+from services.gateway.request.context import Deps
 from services.gateway.traces.export import OtlpExport, from_environment
 from shared import settings as configuration
 from shared import telemetry
@@ -109,43 +111,42 @@ async def serve(settings: GatewaySettings, export: OtlpExport | None = None) -> 
         listener.close()
         raise
     try:
-        async with open_redis(settings.redis_url, tls=settings.tls) as redis, Chores() as chores:
+        async with open_redis(settings.redis_url, tls=settings.tls) as redis, BackgroundTasks() as background:
             await check_login(redis)
-            gateway = Gateway(
+            gateway = parts.make(
                 settings,
                 model,
                 bus=bus,
-                tokenizer=tokenizer,
                 redis=redis,
                 metrics=metrics,
-                chores=chores,
+                background=background,
                 access=access,
                 export=export,
             )
-            await gateway.listen()
-            await _run(gateway, listener, stop)
+            await parts.listen(gateway)
+            await _run(gateway, tokenizer, listener, stop)
     finally:
         await access.close()
         await bus.close()
 
 
-async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -> None:
-    settings = gateway.settings
-    server = make_server(gateway)
+async def _run(gateway: Gateway, tokenizer: ChatTokenizer, listener: socket.socket, stop: asyncio.Event) -> None:
+    deps, settings = gateway.deps, gateway.deps.settings
+    server = make_server(gateway, tokenizer)
     url = f"{'https' if settings.https_cert else 'http'}://{settings.host}:{listener.getsockname()[1]}"
-    async with _probes(gateway, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
-        watching = tasks.create_task(gateway.watch(uuid.uuid4().hex, f"{probe_url}/metrics"))
+    async with _probes(deps, stop, url) as probe_url, asyncio.TaskGroup() as tasks:
+        watching = tasks.create_task(parts.watch(gateway, uuid.uuid4().hex, f"{probe_url}/metrics"))
         if settings.share_port:
-            await shared_port.until_useful(gateway, stop)
+            await shared_port.until_useful(deps, stop)
         # The service owns its signals, so uvicorn's own `serve` with its handlers is not used.
         serving = tasks.create_task(server._serve([listener]))  # noqa: SLF001
         gc.collect()
         gc.freeze()  # what is here now stays for good
         gc.set_threshold(*GC_THRESHOLD)
         sys.setswitchinterval(SWITCH_S)
-        LoopLag(gateway.metrics.registry).start()
-        tapping = tasks.create_task(BusMetrics(gateway.metrics.registry).run(gateway.bus))
-        log.info("listening on %s, model %s, arrangement %s", url, gateway.model, settings.arrangement)
+        LoopLag(deps.metrics.registry).start()
+        tapping = tasks.create_task(BusMetrics(deps.metrics.registry).run(deps.bus))
+        log.info("listening on %s, model %s, arrangement %s", url, deps.model, settings.arrangement)
         await stop.wait()
         await _drain(gateway, server, listener)
         server.should_exit = True
@@ -156,13 +157,13 @@ async def _run(gateway: Gateway, listener: socket.socket, stop: asyncio.Event) -
 
 
 @asynccontextmanager
-async def _probes(gateway: Gateway, stop: asyncio.Event, url: str) -> AsyncIterator[str]:
+async def _probes(deps: Deps, stop: asyncio.Event, url: str) -> AsyncIterator[str]:
     """Where to ask this gateway for its own: on a port that it shares, anyone of them would answer."""
-    if not (gateway.settings.share_port or gateway.settings.probe_port):
+    if not (deps.settings.share_port or deps.settings.probe_port):
         yield url
         return
-    probes = Probes(gateway.metrics.registry, lambda: "draining" if stop.is_set() else gateway.not_ready())
-    await probes.start(gateway.settings.probe_host, gateway.settings.probe_port)
+    probes = Probes(deps.metrics.registry, lambda: "draining" if stop.is_set() else not_ready(deps))
+    await probes.start(deps.settings.probe_host, deps.settings.probe_port)
     try:
         yield probes.url
     finally:
@@ -170,13 +171,13 @@ async def _probes(gateway: Gateway, stop: asyncio.Event, url: str) -> AsyncItera
 
 
 async def _drain(gateway: Gateway, server: uvicorn.Server, listener: socket.socket) -> None:
-    settings = gateway.settings
+    settings = gateway.deps.settings
     log.info("draining, for at most %g s", settings.drain_s)
     ends_at = time.monotonic() + settings.drain_s
     gateway.dashboard.close()
     if settings.share_port:
         await shared_port.leave(server, listener, settings.drain_s)
-    await gateway.drain(ends_at - time.monotonic())
+    await parts.drain(gateway.deps, ends_at - time.monotonic())
 
 
 if __name__ == "__main__":

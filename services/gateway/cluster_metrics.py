@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter
 
-from services.gateway.roster import Member
+from services.gateway.scheduling.members import Member
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BatonError

@@ -1,358 +1,314 @@
-"""What all requests of one gateway share: who is alive, who waits, whose tokens arrive.
+"""What all requests of one gateway share: how it is made, what it hears, and what it looks after five times a second.
 
-Invariants: a question to a worker ends at once when that worker is lost; what is sent to a worker is charged to it
-in the same step in which it is placed; beats, pings and deadlines on progress are one task.
+Invariants: one listener to beats (scheduling/members.py), one to batches; beats, pings, deadlines and progress are one
+task; nothing here belongs to one request.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
 
 from redis.asyncio import Redis
 
 from services.gateway.access.access import Access
-from services.gateway.admission import Snapshot
-from services.gateway.chores import Chores
+from services.gateway.background import BackgroundTasks
 from services.gateway.cluster_metrics import ClusterMetrics
 from services.gateway.costs import Costs
 from services.gateway.dashboard.feed import Feed
-from services.gateway.edge.tokens import ChatTokenizer
-from services.gateway.fleet import BEAT_S, PING_S, SUSPECT_S, Fleet
 from services.gateway.metrics import Metrics
-from services.gateway.prefixes import Prefixes
 from services.gateway.replicas import Line, Replicas
-from services.gateway.roster import Roster
-from services.gateway.seating import Seating
-from services.gateway.streams import Streams
+from services.gateway.request import answer, attempt, tokens
+from services.gateway.request.context import Deps, Running, Streams, abort
+from services.gateway.scheduling.fleet import BEAT_S, PING_S, Fleet
+from services.gateway.scheduling.members import Members
+from services.gateway.scheduling.prefixes import Prefixes
+from services.gateway.scheduling.queue import Queue
 from services.gateway.traces.export import OtlpExport
 from services.gateway.traces.traces import Traces
 from shared import subjects, wire
-from shared.bus import Bus, Question
-from shared.errors import (
-    BatonError,
-    BusUnavailable,
-    Draining,
-    Timeout,
-    WorkerLost,
-)
+from shared.bus import Bus
+from shared.errors import BatonError, Draining, RequestTimeout, Timeout, WorkerLost
 from shared.exposition import serve_metrics
 from shared.settings import GatewaySettings
 from shared.version import VERSION
 
-if TYPE_CHECKING:
-    from services.gateway.journey import Journey
-
 log = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=wire.Message)
-
-CANCEL_S = 5.0
 GOODBYE_S = 2.0  # for the last error events to be written
 NOBODY_S = 5.0  # that a request in line waits for a decode worker when none is alive; a paused one comes back sooner
 
 
+@dataclass(slots=True)
 class Gateway:
-    """Create, then `listen` and run `watch` beside the HTTP server."""
+    """The parts of one gateway. Make it with `make`, then `listen` and run `watch` beside the HTTP server."""
 
-    def __init__(
-        self,
-        settings: GatewaySettings,
-        model: str,
-        *,
-        bus: Bus,
-        tokenizer: ChatTokenizer,
-        redis: Redis,
-        metrics: Metrics,
-        chores: Chores,
-        access: Access | None = None,
-        export: OtlpExport | None = None,
-    ) -> None:
-        """`access`: without it everybody is let in. `export`: takes the traces that are kept."""
-        self.settings = settings
-        self.model = model  # served name
-        self.bus = bus
-        self.tokenizer = tokenizer
-        self.metrics = metrics
-        self.chores = chores
-        self.access = access or Access()
-        self.access.start(chores)
-        self.fleet = Fleet(model, gateway=settings.id, arrangement=settings.arrangement)
-        self.fleet.on_change(self._fleet_changed)
-        self.seating = Seating(settings, self.fleet)
-        self.queue = self.seating.queue
-        self.prefixes = Prefixes(
-            redis, settings.cluster, self.fleet, index_s=settings.index_s, failed=metrics.index_failed
-        )
-        self.streams = Streams(self.cancel)
-        self.roster = Roster()
-        self.traces = Traces(settings, bus, metrics.registry, others=self._other_gateways, export=export)
-        self.cluster_metrics = ClusterMetrics(
-            bus, settings.cluster, settings.id, metrics.registry, lambda: self.roster.live(time.monotonic())
-        )
-        target = settings.target("default")
-        needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
-        self._replicas = Replicas(frozenset(needs), target.ttft_s, target.itl_s)
-        self._costs = Costs(settings.prices)
-        self.dashboard = Feed(
+    deps: Deps
+    dashboard: Feed
+    cluster_metrics: ClusterMetrics
+    replicas: Replicas
+    costs: Costs
+    reconnects: int  # of the bus, as seen last
+    pinging: set[str] = field(default_factory=set)
+    nobody_since: float | None = None  # no decode worker alive
+
+
+def make(
+    settings: GatewaySettings,
+    model: str,
+    *,
+    bus: Bus,
+    redis: Redis,
+    metrics: Metrics,
+    background: BackgroundTasks,
+    access: Access,
+    export: OtlpExport | None = None,
+) -> Gateway:
+    """`export`: takes the traces that are kept."""
+    access.start(background)
+    fleet = Fleet(model, gateway=settings.id, arrangement=settings.arrangement)
+    costs = Costs(settings.prices)
+    dashboard = Feed(settings, model, bus=bus, fleet=fleet, metrics=metrics, price_per_hour=lambda: costs.per_hour)
+
+    def hear_gateway(beat: wire.Heartbeat, now: float) -> None:
+        if beat.role == "gateway":
+            access.hear(beat, now)
+
+    members = Members(settings.id, hear_gateway, fleet.hear, dashboard.hear)
+    deps = Deps(
+        settings=settings,
+        model=model,
+        bus=bus,
+        metrics=metrics,
+        background=background,
+        access=access,
+        fleet=fleet,
+        members=members,
+        queue=Queue(settings, fleet),
+        prefixes=Prefixes(redis, settings.cluster, fleet, index_s=settings.index_s, failed=metrics.index_failed),
+        traces=Traces(
             settings,
-            model,
-            bus=bus,
-            fleet=self.fleet,
-            metrics=metrics,
-            price_per_hour=lambda: self._costs.per_hour,
-        )
-        self.journeys: set[Journey] = set()
-        self._prompts = 0  # of all journeys: each takes a place
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._heard_self_at = float("-inf")
-        self._reconnects = bus.reconnects  # as seen last
-        self._brief: set[Callable[[BatonError], None]] = set()  # ends of questions whose answers are due
-        self._nobody_since: float | None = None  # no decode worker alive
-        self.draining = False
-        self.seen_path = False
-        self._change = asyncio.Event()
-        metrics.live(
-            active=lambda: len(self.journeys),
-            queued=lambda: len(self.queue),
-            queued_tokens=lambda: self.queue.tokens,
-            promise_ratio=lambda: self.seating.promise_ratio,
-            workers=self.fleet.states,
-            dropped=lambda: bus.bad_messages + self.streams.bad_rows,
-            streams=lambda: len(self.streams),
-            wanted=lambda: self._replicas.wanted,
-            costs=self._costs,
-            limits={
-                "requests": settings.max_requests,
-                "queued_tokens": settings.max_queued_tokens,
-                "body_bytes": settings.max_bodies_bytes,
-                "connections": settings.max_connections,
-                **self.traces.limits,
-            },
-        )
+            bus,
+            metrics.registry,
+            others=lambda: members.other_gateways(time.monotonic()),
+            export=export,
+        ),
+        running=Running(),
+        streams=Streams(),
+    )
+    deps.running.idle.set()
+    target = settings.target("default")
+    needs = {"split": {"prefill", "decode"}, "unsplit": {"decode"}, "auto": {"decode"}}[settings.arrangement]
+    gateway = Gateway(
+        deps=deps,
+        dashboard=dashboard,
+        cluster_metrics=ClusterMetrics(
+            bus, settings.cluster, settings.id, metrics.registry, lambda: members.live(time.monotonic())
+        ),
+        replicas=Replicas(frozenset(needs), target.ttft_s, target.itl_s),
+        costs=costs,
+        reconnects=bus.reconnects,
+    )
+    fleet.on_loss(lambda worker: attempt.worker_lost(deps, worker))
+    fleet.on_change(lambda: _fleet_changed(deps))
+    _show_figures(gateway)
+    return gateway
 
-    async def listen(self) -> None:
-        await self.bus.listen(subjects.all_beats(self.settings.cluster), self._on_beat)
-        await self.bus.listen(subjects.gateway(self.settings.cluster, self.settings.id), self._on_batch)
-        await self.bus.listen(subjects.all_traffic(self.settings.cluster), self.dashboard.hear_traffic)
-        await self.traces.listen()
-        await serve_metrics(self.bus, self.settings.cluster, "gateway", self.settings.id, self.metrics.registry)
-        await self.bus.flush()
-        self.chores.start(self.dashboard.run())
 
-    async def watch(self, incarnation: str, metrics_url: str) -> None:
-        """Beat, ping those who are late, and look for streams that stand still; until cancelled."""
-        pinging: set[str] = set()
-        while True:
-            now = time.monotonic()
-            self._look_at_bus(now)
-            if self._hears(now):
-                for worker in self.fleet.check(now):
-                    if worker not in pinging:
-                        pinging.add(worker)
-                        self.chores.start(self._ping(worker, pinging))
-            else:
-                self.fleet.excuse(now)
-            self._look_at_queue(now)
-            self._look_at_load(now)
-            self.streams.check(now, self.settings.progress_s)
-            with contextlib.suppress(BatonError):  # the bus is away; it will be back
-                await self._beat(incarnation, metrics_url)
-                await self.traces.ask_for_held()
-            await asyncio.sleep(BEAT_S)
+def _show_figures(gateway: Gateway) -> None:
+    deps, settings = gateway.deps, gateway.deps.settings
+    deps.metrics.live(
+        active=lambda: len(deps.running),
+        queued=lambda: len(deps.queue),
+        queued_tokens=lambda: deps.queue.tokens,
+        promise_ratio=lambda: deps.queue.promise_ratio,
+        workers=deps.fleet.states,
+        dropped=lambda: deps.bus.bad_messages + deps.streams.bad_rows,
+        streams=lambda: len(deps.streams),
+        body_bytes=lambda: deps.running.body_bytes,
+        wanted=lambda: gateway.replicas.wanted,
+        costs=gateway.costs,
+        limits={
+            "requests": settings.max_requests,
+            "queued_tokens": settings.max_queued_tokens,
+            "body_bytes": settings.max_bodies_bytes,
+            "connections": settings.max_connections,
+            **deps.traces.limits,
+        },
+    )
 
-    # ---- for admission and placement -----------------------------------------------------------------------
 
-    def not_ready(self) -> str | None:
-        """Why a load balancer should send nobody here; None when it may."""
-        if self.draining:
-            return "draining"
-        if not self.seen_path:
-            return "no complete path through the cluster has been ready yet"
-        return self.access.not_ready()
+# ---- from the bus ------------------------------------------------------------------------------------------------
 
-    def snapshot(self, *, more: int, tokens: int) -> Snapshot:
-        """`more`: prompts that a request has beyond its first; `tokens`: of all of them."""
-        return Snapshot(
-            draining=self.draining,
-            connected=self.bus.connected,
-            decode_alive=self.fleet.has("decode"),
-            requests=self._prompts - 1 + more,  # the one that asks is among them
-            max_requests=self.settings.max_requests,
-            queued_tokens=self.queue.tokens + tokens,
-            max_queued_tokens=self.settings.max_queued_tokens,
-            retry_after_s=lambda: self.seating.retry_after_s(tokens),
-        )
 
-    def pump(self) -> None:
-        """Something has been heard that may make room."""
-        if len(self.queue):
-            self.queue.pump()
+async def listen(gateway: Gateway) -> None:
+    deps, cluster, id_ = gateway.deps, gateway.deps.settings.cluster, gateway.deps.settings.id
 
-    async def fleet_change(self) -> None:
-        """Until the fleet is not what it was: a beat came, a worker was lost."""
-        await self._change.wait()
-
-    def join(self, journey: "Journey") -> None:
-        self.journeys.add(journey)
-        self._prompts += 1
-        self._idle.clear()
-
-    def more_prompts(self, count: int) -> None:
-        self._prompts += count
-
-    def leave(self, journey: "Journey") -> None:
-        """A request has gone: perhaps another fits."""
-        self.journeys.discard(journey)
-        self._prompts -= journey.prompts
-        if not self.journeys:
-            self._idle.set()
-        self.pump()
-
-    async def drain(self, grace_s: float) -> None:
-        """Refuse what is new, let what runs finish, end the rest with an error that says why."""
-        self.draining = True
-        if await self._empty(grace_s):
-            return
-        for journey in list(self.journeys):
-            journey.abort(Draining("this gateway is shutting down"))
-        await self._empty(GOODBYE_S)
-
-    async def _empty(self, wait_s: float) -> bool:
-        try:
-            async with asyncio.timeout(wait_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    # ---- to workers ----------------------------------------------------------------------------------------
-
-    async def ask(
-        self, worker: str, subject: str, message: wire.Message, expect: type[M], *, timeout_s: float, brief: bool
-    ) -> M | wire.Busy:
-        """Bus.request that ends at once, with WorkerLost, when the fleet says that the worker is gone.
-
-        `brief`: the answer is due at once, so it ends with BusUnavailable when the bus was away meanwhile: question or
-        answer may be lost. Else somebody looks for the outcome in another way.
-        """
-        question = Question(self.bus, subject, message, expect)
-        if brief:
-            self._brief.add(question.end)
-        try:
-            with self.fleet.watching(
-                worker, lambda: question.end(WorkerLost("the worker was lost before it answered"))
-            ):
-                reply = await question.answer(timeout_s)
-        finally:
-            self._brief.discard(question.end)
-        self.fleet.report(worker, reply.backlog, time.monotonic())  # type: ignore[union-attr] # answers to jobs have it
-        return reply
-
-    def cancel(self, worker: str, request: str, attempt: int) -> None:
-        """Tell a worker that nobody waits for this any more."""
-        self.chores.start(self._cancel(worker, wire.Cancel(request=request, attempt=attempt)))
-
-    async def _cancel(self, worker: str, message: wire.Cancel) -> None:
-        subject = subjects.cancel(self.settings.cluster, worker)
-        try:
-            await self.bus.request(subject, message, wire.Done, timeout_s=CANCEL_S)
-        except BatonError as error:
-            # A worker that is gone has nothing to cancel; one that is deaf drops the job with its lease.
-            log.info("cancel at %s unanswered: %s", worker, error.code)
-
-    async def _ping(self, worker: str, pinging: set[str]) -> None:
-        try:
-            subject = subjects.ping(self.settings.cluster, worker)
-            await self.bus.request(subject, wire.Ping(), wire.Pong, timeout_s=PING_S)
-        except (WorkerLost, Timeout) as error:
-            if self._hears(time.monotonic()):
-                log.warning("%s is lost: %s", worker, error.code)
-                self.fleet.lose(worker)
-        except BatonError as error:
-            log.info("ping of %s: %s", worker, error.code)
-        finally:
-            pinging.discard(worker)
-
-    async def _beat(self, incarnation: str, metrics_url: str) -> None:
-        settings = self.settings
-        beat = wire.Heartbeat(
-            role="gateway",
-            id=settings.id,
-            incarnation=incarnation,
-            state="draining" if self.draining else "starting" if self.not_ready() else "ready",
-            model=self.model,
-            backlog=wire.Backlog(
-                running=len(self.streams),
-                waiting=len(self.queue),
-                queued_tokens=self.queue.tokens,
-                queued_prompts=len(self.queue),
-            ),
-            metrics_url=metrics_url,
-            version=VERSION,
-        )
-        await self.bus.publish(subjects.beat(settings.cluster, "gateway", settings.id), beat)
-
-    # ---- from the bus --------------------------------------------------------------------------------------
-
-    def _on_beat(self, message: wire.AnyMessage) -> None:
+    def on_beat(message: wire.AnyMessage) -> None:
         if isinstance(message, wire.Heartbeat):
-            if message.id == self.settings.id:
-                self._heard_self_at = time.monotonic()
-            self.roster.hear(message, time.monotonic())
-            if message.role == "gateway":
-                self.access.hear(message, time.monotonic())
-            self.fleet.hear(message, time.monotonic())
-            self.dashboard.hear(message, time.monotonic())
+            deps.members.hear(message, time.monotonic())
 
-    def _on_batch(self, message: wire.AnyMessage) -> None:
+    def on_batch(message: wire.AnyMessage) -> None:
         if isinstance(message, wire.TokenBatch):
             now = time.monotonic()
-            self._look_at_bus(now)
-            self.streams.put(message, now)
-            if self.fleet.report(message.worker, message.backlog, now):
-                self.pump()
+            _look_at_bus(gateway, now)
+            tokens.deliver(deps, message, now)
+            if deps.fleet.report(message.worker, message.backlog, now):
+                deps.queue.pump()
 
-    def _other_gateways(self) -> list[str]:
-        members = self.roster.live(time.monotonic(), "gateway")
-        return [member.id for member in members if member.id != self.settings.id]
+    await deps.bus.listen(subjects.all_beats(cluster), on_beat)
+    await deps.bus.listen(subjects.gateway(cluster, id_), on_batch)
+    await deps.bus.listen(subjects.all_traffic(cluster), gateway.dashboard.hear_traffic)
+    await deps.traces.listen()
+    await serve_metrics(deps.bus, cluster, "gateway", id_, deps.metrics.registry)
+    await deps.bus.flush()
+    deps.background.start(gateway.dashboard.run())
 
-    def _hears(self, now: float) -> bool:
-        """Whose own beats do not come back cannot tell a silent worker from a bus that stands still."""
-        return self.bus.connected and now - self._heard_self_at < SUSPECT_S
 
-    def _look_at_bus(self, now: float) -> None:
-        if self._reconnects != self.bus.reconnects:
-            self._reconnects = self.bus.reconnects
-            self.streams.bus_was_away(now)
-            for end in list(self._brief):
-                end(BusUnavailable("the bus was away while a worker was asked"))
+def _fleet_changed(deps: Deps) -> None:
+    running = deps.running
+    if not running.has_seen_path and deps.fleet.has("decode"):
+        running.has_seen_path = deps.settings.arrangement != "split" or deps.fleet.has("prefill")
+    deps.queue.pump()
 
-    def _look_at_queue(self, now: float) -> None:
-        """When the last decode worker has died its successor takes longer than clients should be kept: say so."""
-        if self.fleet.has("decode") or not self._hears(now):
-            self._nobody_since = None
-            return
-        if self._nobody_since is None:
-            self._nobody_since = now
-        if now - self._nobody_since > NOBODY_S:
-            self.queue.refuse(lambda: self.seating.refusal(""))
 
-    def _look_at_load(self, now: float) -> None:
-        """What an autoscaler and whoever pays want to know."""
-        prompts, tokens = self.fleet.lines_elsewhere(now)
-        line = Line(prompts=prompts + len(self.queue), tokens=tokens + self.queue.tokens)
-        self._replicas.see(self.fleet.everybody(), line, now)
-        roles = [member.role for member in self.roster.live(now)]
-        served = self.metrics.tokens["prompt"] + self.metrics.tokens["completion"]
-        self._costs.see(roles, tokens=served, requests=self.metrics.requests, now=now)
+# ---- five times a second -----------------------------------------------------------------------------------------
 
-    def _fleet_changed(self) -> None:
-        if not self.seen_path and self.fleet.has("decode"):
-            self.seen_path = self.settings.arrangement != "split" or self.fleet.has("prefill")
-        self.pump()
-        change, self._change = self._change, asyncio.Event()
-        change.set()
+
+async def watch(gateway: Gateway, incarnation: str, metrics_url: str) -> None:
+    """Beat, ping those who are late, and end what stands still or takes too long; until cancelled."""
+    deps = gateway.deps
+    while True:
+        now = time.monotonic()
+        _look_at_bus(gateway, now)
+        if _hears(deps, now):
+            for worker in deps.fleet.check(now):
+                if worker not in gateway.pinging:
+                    gateway.pinging.add(worker)
+                    deps.background.start(_ping(gateway, worker))
+        else:
+            deps.fleet.excuse(now)
+        _look_at_queue(gateway, now)
+        _look_at_load(gateway, now)
+        _look_at_requests(deps, now)
+        with contextlib.suppress(BatonError):  # the bus is away; it will be back
+            await _beat(deps, incarnation, metrics_url)
+            await deps.traces.ask_for_held()
+        await asyncio.sleep(BEAT_S)
+
+
+def _look_at_requests(deps: Deps, now: float) -> None:
+    attempt.sweep(deps, now)
+    tokens.sweep(deps, now)
+    idle_s = deps.settings.header_wait_s
+    for ctx in list(deps.running.requests):
+        if now > ctx.deadline:
+            if ctx.is_read:
+                abort(ctx, Timeout("the request took too long"))
+            else:
+                abort(ctx, RequestTimeout("the body did not arrive in time"))
+        elif ctx.writer is not None and now - max(ctx.began, ctx.written_at) > idle_s:
+            answer.keep_alive(ctx, now)
+
+
+def _look_at_bus(gateway: Gateway, now: float) -> None:
+    deps = gateway.deps
+    if gateway.reconnects != deps.bus.reconnects:
+        gateway.reconnects = deps.bus.reconnects
+        tokens.bus_was_away(deps, now)
+        attempt.bus_was_away(deps)
+
+
+def _look_at_queue(gateway: Gateway, now: float) -> None:
+    """When the last decode worker has died its successor takes longer than clients should be kept: say so."""
+    deps = gateway.deps
+    if deps.fleet.has("decode") or not _hears(deps, now):
+        gateway.nobody_since = None
+        return
+    if gateway.nobody_since is None:
+        gateway.nobody_since = now
+    if now - gateway.nobody_since > NOBODY_S:
+        deps.queue.refuse(lambda: deps.queue.refusal(""))
+
+
+def _look_at_load(gateway: Gateway, now: float) -> None:
+    """What an autoscaler and whoever pays want to know."""
+    deps = gateway.deps
+    prompts, waiting = deps.fleet.lines_elsewhere(now)
+    line = Line(prompts=prompts + len(deps.queue), tokens=waiting + deps.queue.tokens)
+    gateway.replicas.see(deps.fleet.everybody(), line, now)
+    roles = [member.role for member in deps.members.live(now)]
+    served = deps.metrics.tokens["prompt"] + deps.metrics.tokens["completion"]
+    gateway.costs.see(roles, tokens=served, requests=deps.metrics.requests, now=now)
+
+
+def _hears(deps: Deps, now: float) -> bool:
+    return deps.bus.connected and deps.members.hears_itself(now)
+
+
+async def _ping(gateway: Gateway, worker: str) -> None:
+    deps = gateway.deps
+    try:
+        subject = subjects.ping(deps.settings.cluster, worker)
+        await deps.bus.request(subject, wire.Ping(), wire.Pong, timeout_s=PING_S)
+    except (WorkerLost, Timeout) as error:
+        if _hears(deps, time.monotonic()):
+            log.warning("%s is lost: %s", worker, error.code)
+            deps.fleet.lose(worker)
+    except BatonError as error:
+        log.info("ping of %s: %s", worker, error.code)
+    finally:
+        gateway.pinging.discard(worker)
+
+
+async def _beat(deps: Deps, incarnation: str, metrics_url: str) -> None:
+    settings = deps.settings
+    beat = wire.Heartbeat(
+        role="gateway",
+        id=settings.id,
+        incarnation=incarnation,
+        state="draining" if deps.running.draining else "starting" if not_ready(deps) else "ready",
+        model=deps.model,
+        backlog=wire.Backlog(
+            running=len(deps.streams),
+            waiting=len(deps.queue),
+            queued_tokens=deps.queue.tokens,
+            queued_prompts=len(deps.queue),
+        ),
+        metrics_url=metrics_url,
+        version=VERSION,
+    )
+    await deps.bus.publish(subjects.beat(settings.cluster, "gateway", settings.id), beat)
+
+
+# ---- from start to end -------------------------------------------------------------------------------------------
+
+
+def not_ready(deps: Deps) -> str | None:
+    """Why a load balancer should send nobody here; None when it may."""
+    if deps.running.draining:
+        return "draining"
+    if not deps.running.has_seen_path:
+        return "no complete path through the cluster has been ready yet"
+    return deps.access.not_ready()
+
+
+async def drain(deps: Deps, grace_s: float) -> None:
+    """Refuse what is new, let what runs finish, end the rest with an error that says why."""
+    deps.running.draining = True
+    if await until_idle(deps, grace_s):
+        return
+    for ctx in list(deps.running.requests):
+        abort(ctx, Draining("this gateway is shutting down"))
+    await until_idle(deps, GOODBYE_S)
+
+
+async def until_idle(deps: Deps, wait_s: float) -> bool:
+    """Whether no request was left in that time."""
+    try:
+        async with asyncio.timeout(wait_s):
+            await deps.running.idle.wait()
+    except TimeoutError:
+        return False
+    return True

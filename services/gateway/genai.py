@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from opentelemetry.util.types import AttributeValue
 
-from services.gateway.edge.render import Usage
+from services.gateway.answer.render import Usage
 
 PROVIDER = "baton"
 DURATION = "gen_ai.server.request.duration"

@@ -7,7 +7,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.gateway import genai
-from services.gateway.edge.render import Usage
+from services.gateway.answer.render import Usage
 from shared.errors import BatonError, Cancelled, Refused, RequestError
 from shared.histogram import LoopHistogram
 from shared.process_metrics import watch_process
@@ -87,6 +87,7 @@ class Metrics:
         workers: Callable[[], dict[tuple[str, str], int]],
         dropped: Callable[[], int],
         streams: Callable[[], int],
+        body_bytes: Callable[[], int],
         wanted: Callable[[], dict[str, int]],
         costs: Collector,
         limits: Mapping[str, int],
@@ -104,6 +105,9 @@ class Metrics:
         ).set_function(promise_ratio)
         Gauge("baton_bad_messages", "Messages that could not be used", registry=self.registry).set_function(dropped)
         Gauge("baton_streams", "Answers that are being read from workers", registry=self.registry).set_function(streams)
+        Gauge(
+            "baton_body_bytes", "Of request bodies that are arriving or being checked", registry=self.registry
+        ).set_function(body_bytes)
         self.registry.register(_Workers(workers))
         self.registry.register(_Wanted(wanted))
         self.registry.register(costs)

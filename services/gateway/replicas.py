@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.gateway.forecast import Heard, room_for
+from services.gateway.scheduling.predict import Worker, room_for
 
 BUSY_SHARE = 0.8
 MEMORY_S = 60.0
@@ -44,8 +44,8 @@ class Replicas:
     wanted: dict[str, int] = field(default_factory=dict)
     _busy: dict[str, _Busy] = field(default_factory=dict)
 
-    def see(self, heard: Iterable[Heard], line: Line, now: float) -> None:
-        pools: dict[str, list[Heard]] = {role: [] for role in ("prefill", "decode")}
+    def see(self, heard: Iterable[Worker], line: Line, now: float) -> None:
+        pools: dict[str, list[Worker]] = {role: [] for role in ("prefill", "decode")}
         for one in heard:
             pools.setdefault(one.beat.role, []).append(one)
         amounts = {"prefill": self._prefill(pools["prefill"], line), "decode": self._decode(pools["decode"], line)}
@@ -54,7 +54,7 @@ class Replicas:
             least = 1 if pools[role] or role in self.needs else 0
             self.wanted[role] = max(least, math.ceil(lasting - 1e-6))
 
-    def _prefill(self, pool: list[Heard], line: Line) -> tuple[float, float]:
+    def _prefill(self, pool: list[Worker], line: Line) -> tuple[float, float]:
         """(workers busy now, workers that what waits calls for)."""
         busy = sum(1 for one in pool if one.backlog.queued_prompts or one.backlog.running)
         rates = [one.beat.prefill_tokens_per_s for one in pool if one.beat.prefill_tokens_per_s]
@@ -63,7 +63,7 @@ class Replicas:
         tokens = line.tokens + sum(one.backlog.queued_tokens for one in pool)
         return float(busy), tokens / (sum(rates) / len(rates)) / self.target_ttft_s
 
-    def _decode(self, pool: list[Heard], line: Line) -> tuple[float, float]:
+    def _decode(self, pool: list[Worker], line: Line) -> tuple[float, float]:
         jobs = [one.backlog.running + one.backlog.waiting for one in pool]
         rooms = [room_for(one.beat, self.target_itl_s) for one in pool]
         rooms = [room for room in rooms if room < math.inf]

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.edge.render import EventWriter, Form, Prompt
-from services.gateway.streams import Row
+from services.gateway.answer.render import EventWriter, Form, PromptShown, Row
 from shared import wire
 from shared.worker.engine import EngineRequest
 from shared.worker.vllm_engine import to_deltas, to_sampling_params
@@ -29,7 +28,7 @@ COMPLETION = Form(
     include_usage=False,
     return_token_ids=False,
     service_tier=None,
-    prompts=[Prompt(tokens=PROMPT)],
+    prompts=[PromptShown(tokens=PROMPT)],
     prompt_only=False,
 )
 

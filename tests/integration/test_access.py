@@ -11,6 +11,7 @@ from redis import Redis
 
 from services.gateway.access.buckets import Amount
 from services.gateway.access.shared_buckets import KEEP_S, bucket_name
+from services.gateway.gateway import not_ready
 from services.launcher import plan
 from shared import wire
 from shared.access import key_table, usage_table
@@ -194,12 +195,12 @@ async def test_keys_in_redis(keyed, redis_server):
         with pytest.raises(openai.InternalServerError) as nothing:
             await ask(keyed.client(running, "first"))
         assert (nothing.value.status_code, code(nothing.value)) == (503, "keys_unavailable")
-        assert "API keys" in running.gateway.not_ready()
+        assert "API keys" in not_ready(running.deps)
         redis_server.start()
         store = open_redis(redis_server.url)
         await key_table.add(store, "test", first)
         await until_keys(running, lambda: len(parts(running).keyring) == 1)
-        assert running.gateway.not_ready() is None
+        assert not_ready(running.deps) is None
         await ask(keyed.client(running, "first"))
         await key_table.add(store, "test", second)
         await until_keys(running, lambda: len(parts(running).keyring) == 2)
@@ -245,7 +246,7 @@ async def test_two_gateways_share_one_limit_exactly(keyed):
     keyed.add("both", requests_per_minute=20)
     async with keyed.gateway("gateway-0") as one, keyed.gateway("gateway-1") as two:
         for running in (one, two):
-            await keyed.cluster.add(running, f"decode-{running.gateway.settings.id}")
+            await keyed.cluster.add(running, f"decode-{running.deps.settings.id}")
         began = time.monotonic()
         admitted, refused = await outcomes([keyed.client(one, "both"), keyed.client(two, "both")], 60)
         flowed_in = (time.monotonic() - began) * 20 / 60
@@ -347,7 +348,7 @@ async def test_without_redis_each_gateway_takes_its_share(keyed, redis_server):
     keyed.add("unlimited")
     async with keyed.gateway("gateway-0") as one, keyed.gateway("gateway-1") as two:
         for running in (one, two):
-            await keyed.cluster.add(running, f"decode-{running.gateway.settings.id}")
+            await keyed.cluster.add(running, f"decode-{running.deps.settings.id}")
         await until_beats(one, two)
         clients = [keyed.client(running, "shared") for running in (one, two)]
         began = time.monotonic()
@@ -397,12 +398,12 @@ async def test_what_was_taken_for_a_client_that_has_left_meanwhile_is_given_back
     async with keyed.gateway() as running:
         client = parts(running).keyring.client(f"Bearer {keyed.secrets['one']}".encode())
         quotas = parts(running).quotas
-        asking = asyncio.create_task(quotas.take(running.gateway.chores, client, Amount(10, 0)))
+        asking = asyncio.create_task(quotas.take(running.deps.background, client, Amount(10, 0)))
         await asyncio.sleep(0)  # it has asked
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        taken = await quotas.take(running.gateway.chores, client, Amount(0, 0))
+        taken = await quotas.take(running.deps.background, client, Amount(0, 0))
         assert taken.left.requests < 1  # Redis has seen it
         await eventually(lambda: in_bucket(redis_server, "one", "requests") == 10, "given back")
 

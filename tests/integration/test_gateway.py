@@ -7,7 +7,8 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.leg import MAX_ATTEMPTS
+from services.gateway.gateway import drain
+from services.gateway.request.pipeline import MAX_ATTEMPTS
 from shared import wire
 from shared.errors import EngineFailed
 from tests.support.fake_workers import Script, announce_loss
@@ -340,7 +341,7 @@ async def test_requests_wait_for_room(cluster):
         decode.beat = wire.Heartbeat(
             **{f: getattr(decode.beat, f) for f in decode.beat.__struct_fields__} | {"max_running": 1, "max_waiting": 0}
         )
-        heard = running.gateway.fleet.beats("decode-0")
+        heard = running.deps.fleet.beats("decode-0")
         await running.until(lambda g: g.fleet.beats("decode-0") > heard + 1)
         answers = await asyncio.gather(
             *(running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2) for _ in range(5))
@@ -421,7 +422,7 @@ async def test_drain(cluster):
         decode.script = Script(stall_after=1)
         stream = await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=9, stream=True)
         await anext(stream)
-        draining = asyncio.create_task(running.gateway.drain(0.5))
+        draining = asyncio.create_task(drain(running.deps, 0.5))
         await asyncio.sleep(0)  # one step of the loop: the task has begun
         with pytest.raises(openai.InternalServerError) as refused:
             await running.client.chat.completions.create(model=MODEL, messages=HELLO)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from services.gateway.fleet import PING_S, SUSPECT_S
+from services.gateway.scheduling.fleet import PING_S, SUSPECT_S
 from tests.support.fake_workers import Script
 from tests.support.gateway_cluster import Cluster
 from tests.support.nats import nats_server
@@ -62,7 +62,7 @@ async def test_workers_outlive_a_bus_that_was_stopped(tmp_path):
             decode.script = Script()
             answer = await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3)
             assert answer.choices[0].message.content == " 0 1 2"
-            assert len(running.gateway.streams) == 1  # the one that began before goes on
+            assert len(running.deps.streams) == 1  # the one that began before goes on
             await stream.close()
         for worker in cluster.workers.values():
             await worker.die()

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from services.gateway.prefixes import FIRST_KEYS
+from services.gateway.scheduling.prefixes import FIRST_KEYS
 from shared import wire
 from shared.kv.blocks import block_keys
 from shared.prefix_index import block_name, nodes_name, open_redis
@@ -28,12 +28,12 @@ async def holds(server: RedisServer, node: str, number: int, blocks: int) -> Non
 async def speak(running, *workers, **beat) -> None:
     for worker in workers:
         worker.beat = msgspec.structs.replace(worker.beat, **beat)
-        heard = running.gateway.fleet.beats(worker.id)
+        heard = running.deps.fleet.beats(worker.id)
         await running.until(lambda g, worker=worker, heard=heard: g.fleet.beats(worker.id) > heard + 1)
 
 
 async def hits(running) -> dict[str, int]:
-    return await running.gateway.prefixes.hits(wire.pack_tokens(PROMPT))
+    return await running.deps.prefixes.hits(wire.pack_tokens(PROMPT))
 
 
 async def test_the_longest_prefix_of_each_node(cluster, redis_server):

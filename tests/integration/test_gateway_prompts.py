@@ -162,7 +162,7 @@ async def test_echo_of_text_is_that_text_and_stays_split(cluster):
 async def test_echo_of_token_ids_is_their_text(cluster):
     async with cluster.gateway() as running:
         await cluster.add(running, "prefill-0", "decode-0")
-        ids = await running.gateway.tokenizer.text("né")
+        ids = await running.tokenizer.text("né")
         answer = await running.client.completions.create(model=MODEL, prompt=ids, echo=True, max_tokens=1)
         assert answer.choices[0].text == "<s>né 0"
 
@@ -177,7 +177,7 @@ async def test_echo_with_logprobs(cluster, streamed):
         else:
             answer = await running.client.completions.create(model=MODEL, **body)
             choices = [choice.model_dump() for choice in answer.choices]
-        opening = await running.gateway.tokenizer.shown([5])
+        opening = await running.tokenizer.shown([5])
         joined = {
             name: [item for choice in choices if choice["logprobs"] for item in choice["logprobs"][name]]
             for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")

@@ -5,7 +5,7 @@ import asyncio
 import openai
 import pytest
 
-from services.gateway.leg import MAX_ATTEMPTS
+from services.gateway.request.pipeline import MAX_ATTEMPTS
 from shared import wire
 from tests.support.fake_workers import Script, announce_loss
 from tests.support.gateway_cluster import assert_nothing_left, receipt

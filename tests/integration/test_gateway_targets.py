@@ -18,7 +18,7 @@ BUSY = wire.Backlog(running=1, queued_prompts=1, queued_tokens=10_000)  # ten se
 async def speaks(running, worker, **beat) -> None:
     """From now on the worker says this of itself, and the gateway has heard it."""
     worker.beat = msgspec.structs.replace(worker.beat, **beat)
-    heard = running.gateway.fleet.beats(worker.id)
+    heard = running.deps.fleet.beats(worker.id)
     await running.until(lambda g: g.fleet.beats(worker.id) > heard + 1)
 
 
@@ -30,8 +30,8 @@ def ask(running, words: int = 20, tier: str = "default"):
 
 async def waiting(running, count: int) -> None:
     async with asyncio.timeout(10):
-        while len(running.gateway.queue) != count:
-            await running.gateway.fleet_change()
+        while len(running.deps.queue) != count:
+            await running.deps.fleet.change()
 
 
 async def test_an_idle_cluster_refuses_no_long_prompt(cluster):

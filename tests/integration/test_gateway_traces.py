@@ -4,12 +4,13 @@ import asyncio
 import gc
 import json
 import logging
+import time
 
 import httpx
 import pytest
 
-from services.gateway.journey import Journey
 from services.gateway.metrics import Metrics
+from services.gateway.request.context import RequestContext
 from shared import telemetry
 from shared.settings import GatewaySettings
 from tests.support.running_gateway import MODEL, running_gateway
@@ -52,7 +53,7 @@ async def test_local_prefill(cluster):
 
 async def until_gone() -> None:
     """Looked at again and again: the server lets go of a connection a little later than it answers."""
-    while any(isinstance(one, Journey) for one in gc.get_objects()):  # noqa: ASYNC110
+    while any(isinstance(one, RequestContext) for one in gc.get_objects()):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 
@@ -79,7 +80,7 @@ async def test_any_gateway_finds_the_traces_of_all(cluster, nats_url, tiny_model
     other = GatewaySettings(id="gateway-1", cluster="test", nats_url=nats_url, model=str(tiny_model))
     async with cluster.gateway() as running, running_gateway(other) as second:
         await cluster.add(running, "prefill-0", "decode-0")
-        await second.until(lambda gateway: "gateway-0" in gateway._other_gateways())
+        await second.until(lambda gateway: "gateway-0" in gateway.members.other_gateways(time.monotonic()))
         assert (await ask(running.url, "asked-of-the-first")).status_code == 200
         await running.until_idle()
         found = await get(second.url, "/dashboard/traces/asked-of-the-first")

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from services.gateway.shared_port import turn_away, waiting
+from services.gateway.http.shared_port import turn_away, waiting
 from services.launcher.machine import hold_port, port_taken
 from shared.errors import SettingsError
 from shared.probes import listen

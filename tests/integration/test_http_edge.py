@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from services.gateway.edge.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
+from services.gateway.answer.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 from tests.support.gateway_cluster import Cluster, assert_nothing_left
 from tests.support.raw_client import RawClient
 from tests.support.running_gateway import MODEL
@@ -345,7 +345,7 @@ async def test_idle_connections_hinder_nobody(running):
 async def test_who_leaves_while_sending_leaves_nothing(running):
     async with RawClient(running.url) as client:
         await client.send(head(LENGTH) + GOOD[:-1])
-        await running.until(lambda gateway: gateway.journeys)
+        await running.until(lambda gateway: gateway.running.requests)
     await assert_nothing_left(running)
     assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="cancelled") == 1
     assert MAX_HEAD_BYTES >= 16 * 1024  # cookies and tokens fit

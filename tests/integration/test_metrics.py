@@ -115,7 +115,7 @@ async def test_whatever_is_bounded_has_a_gauge(cluster, tmp_path):
     Figures(worker.registry).live(keys=int, buckets=int, waiting=int, pending=int)  # a gateway's with keys
     async with cluster.gateway() as running, running_store(tmp_path) as store:
         await cluster.add(running, "decode-0")
-        shown = families(running.gateway.metrics.registry) | families(worker.registry)
+        shown = families(running.deps.metrics.registry) | families(worker.registry)
         main = (ROOT / "services" / "kv_transfer" / "__main__.py").read_text()
         shown |= families(store.registry) | set(re.findall(r'gauge\(\s*"(baton_[a-z_]+)"', main))
     wanted = {name for name in [*LIMITS.values(), *SETTINGS.values()] if name != OF_ONE}

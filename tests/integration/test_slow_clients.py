@@ -63,8 +63,8 @@ async def test_nobody_waits_for_who_does_not_read(cluster):
         async with RawClient(running.url, receive_buffer_bytes=TINY_BYTES) as client:
             await client.post(CHAT, MUCH)
             await running.until(blocked(running))
-            (journey,) = running.gateway.journeys
-            assert not journey._exchange.flows
+            (request,) = running.deps.running.requests
+            assert not request.connection.flows
             assert await served_beside(running) == "".join(f" {step}" for step in range(50))
             assert running.sample("baton_blocked_writes") == 1
             assert not decode.cancels
@@ -72,20 +72,19 @@ async def test_nobody_waits_for_who_does_not_read(cluster):
         await assert_nothing_left(running)
 
 
-async def test_who_reads_is_written_to_without_a_task(cluster):
+async def test_who_reads_is_written_to_as_it_comes(cluster):
     async with cluster.gateway() as running:
         _, decode = await cluster.add(running, "prefill-0", "decode-0")
         go_on = asyncio.Event()
         decode.script.pause_after = (3, go_on)
         stream = await running.client.completions.create(model=MODEL, prompt="hi", max_tokens=6, stream=True)
         texts = [(await anext(stream)).choices[0].text for _ in range(3)]
-        (journey,) = running.gateway.journeys
-        assert journey._exchange.flows
+        (request,) = running.deps.running.requests
+        assert request.connection.flows
         go_on.set()
         texts += [chunk.choices[0].text async for chunk in stream]
         assert "".join(texts) == " 0 1 2 3 4 5"
         await assert_nothing_left(running)
-    assert not journey._exchange.flows  # the answer has ended
 
 
 async def test_rows_that_nobody_takes_are_bounded(cluster):

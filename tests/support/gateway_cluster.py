@@ -38,5 +38,5 @@ def receipt(response) -> dict:
 
 async def assert_nothing_left(running: Running) -> None:
     await running.until_idle()
-    assert len(running.gateway.streams) == 0
-    assert len(running.gateway.queue) == 0
+    assert len(running.deps.streams) == 0
+    assert len(running.deps.queue) == 0

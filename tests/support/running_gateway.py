@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import openai
 
+from services.gateway import gateway as parts
 from services.gateway.access.access import Access
-from services.gateway.chores import Chores
-from services.gateway.edge.tokens import ChatTokenizer
+from services.gateway.background import BackgroundTasks
 from services.gateway.gateway import Gateway
+from services.gateway.http.server import bound_sends, make_server
+from services.gateway.http.tokenizer import ChatTokenizer
 from services.gateway.metrics import Metrics
-from services.gateway.server import bound_sends, make_server
+from services.gateway.request.context import Deps
 from shared.access.connection import open_redis
 from shared.bus import Bus
 from shared.probes import listen
@@ -25,20 +27,25 @@ WAIT_S = 10.0
 @dataclass
 class Running:
     gateway: Gateway
+    tokenizer: ChatTokenizer
     url: str
     client: openai.AsyncOpenAI
+
+    @property
+    def deps(self) -> Deps:
+        return self.gateway.deps
 
     async def until(self, condition) -> None:
         """Wait until the fleet has changed so that this holds."""
         async with asyncio.timeout(WAIT_S):
-            while not condition(self.gateway):
-                await self.gateway.fleet_change()
+            while not condition(self.deps):
+                await self.deps.fleet.change()
 
     async def until_idle(self) -> None:
-        assert await self.gateway._empty(WAIT_S)
+        assert await parts.until_idle(self.deps, WAIT_S)
 
     def sample(self, name: str, **labels: str) -> float:
-        return self.gateway.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.deps.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 @asynccontextmanager
@@ -50,25 +57,22 @@ async def running_gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     bound_sends(listener)
     bus = await Bus.connect(settings.nats_url, settings.id)
     try:
-        async with open_redis(settings.redis_url) as redis, Chores() as chores, asyncio.TaskGroup() as tasks:
-            gateway = Gateway(
-                settings,
-                MODEL,
-                bus=bus,
-                tokenizer=tokenizer,
-                redis=redis,
-                metrics=metrics,
-                chores=chores,
-                access=access,
+        async with (
+            open_redis(settings.redis_url) as redis,
+            BackgroundTasks() as background,
+            asyncio.TaskGroup() as tasks,
+        ):
+            gateway = parts.make(
+                settings, MODEL, bus=bus, redis=redis, metrics=metrics, background=background, access=access
             )
-            await gateway.listen()
-            server = make_server(gateway)
+            await parts.listen(gateway)
+            server = make_server(gateway, tokenizer)
             serving = tasks.create_task(server._serve([listener]))
-            watching = tasks.create_task(gateway.watch("1", ""))
+            watching = tasks.create_task(parts.watch(gateway, "1", ""))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
             try:
-                yield Running(gateway, url, client)
+                yield Running(gateway, tokenizer, url, client)
             finally:
                 await client.close()
                 server.should_exit = True

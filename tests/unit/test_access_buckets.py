@@ -9,7 +9,7 @@ from services.gateway.access.buckets import PERIOD_S, Amount, Bucket, duration, 
 from services.gateway.access.client import ANONYMOUS
 from services.gateway.access.gateways import GONE_S, Gateways
 from services.gateway.access.quotas import Taken
-from services.gateway.edge.render import Usage
+from services.gateway.answer.render import Usage
 from shared.access.usage_table import Used
 from shared.errors import QueueFull, RateLimited, WorkerLost
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
+from services.gateway.answer.render import Usage
 from services.gateway.dashboard import counts
 from services.gateway.dashboard.figures import MAX_SOURCES, QUARTER_S, SLOT_S, Figures, Ring
-from services.gateway.edge.render import Usage
 from services.gateway.metrics import LATER_TENANTS, NAMED_TENANTS, Metrics
 from shared.errors import Cancelled, InvalidRequest, QueueFull, WorkerLost
 

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.admission import (
+from services.gateway.scheduling.admission import (
     Appointments,
     Correction,
-    Snapshot,
     Speeds,
     admit,
     empty_s,
@@ -43,12 +42,12 @@ OPEN = {
 )
 def test_refusals_say_when_to_come_back(change, error):
     with pytest.raises(error) as refused:
-        admit(Snapshot(**OPEN | change))
+        admit(**OPEN | change)
     assert refused.value.retry_after_s > 0
 
 
 def test_admitted():
-    admit(Snapshot(**OPEN))
+    admit(**OPEN)
 
 
 SPEEDS = Speeds(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.gateway.fleet import BEAT_S, DEAF_S, SUSPECT_S, Fleet
+from services.gateway.scheduling.fleet import BEAT_S, DEAF_S, SUSPECT_S, Fleet
 from shared import wire
 
 
@@ -17,11 +17,11 @@ def fleet():
 
 @pytest.fixture
 def told(fleet):
-    """How often the watcher of `w` has been told of its loss."""
+    """Who was lost."""
     fleet.hear(beat(), 0.0)
     losses: list[str] = []
-    with fleet.watching("w", lambda: losses.append("w")):
-        yield losses
+    fleet.on_loss(losses.append)
+    return losses
 
 
 def ids(fleet):
@@ -69,12 +69,6 @@ def test_a_new_incarnation_means_that_the_old_one_died(fleet, told):
     fleet.hear(beat(incarnation="2"), 0.1)
     assert told == ["w"]
     assert ids(fleet) == ["w"]
-
-
-def test_watching_somebody_who_is_gone(fleet):
-    losses: list[str] = []
-    with fleet.watching("nobody", lambda: losses.append("x")):
-        assert losses == ["x"]
 
 
 def test_our_own_silence_condemns_nobody(fleet, told):

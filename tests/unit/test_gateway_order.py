@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.order import Entry, Order
+from services.gateway.scheduling.order import ACTIVE_S, Entry, Order, RecentTenants
 
 WEIGHTS = {"priority": 8.0, "default": 4.0, "flex": 1.0}
 
@@ -157,3 +157,34 @@ def test_how_many_of_a_tenant_wait():
     assert [order.waits("default", tenant) for tenant in "abc"] == [2, 1, 0]
     serve(order, 1)
     assert order.waits("default", "a") + order.waits("default", "b") == 2
+
+
+# ---- who was served of late ------------------------------------------------------------------------------------
+
+
+def test_only_others_count_and_only_for_a_while():
+    recent = RecentTenants()
+    recent.served("flood", 0.0)
+    assert not recent.has_other("flood", 0.0)
+    assert recent.has_other("single", 0.0)
+    recent.served("single", 1.0)
+    assert recent.has_other("flood", 1.0 + ACTIVE_S * 0.99)
+    assert not recent.has_other("flood", 1.0 + ACTIVE_S)
+
+
+def test_who_comes_again_is_young_again():
+    recent = RecentTenants()
+    recent.served("a", 0.0)
+    recent.served("b", ACTIVE_S * 0.9)
+    recent.served("a", ACTIVE_S * 0.95)
+    recent.served("c", ACTIVE_S * 1.5)
+    assert recent.has_other("c", ACTIVE_S * 1.5)
+
+
+def test_recent_tenants_are_bounded():
+    recent = RecentTenants()
+    for number in range(RecentTenants.MOST + 5):
+        recent.served(str(number), 0.0)
+    assert len(recent._served_at) == RecentTenants.MOST
+    recent.served("new", ACTIVE_S)
+    assert list(recent._served_at) == ["new"]

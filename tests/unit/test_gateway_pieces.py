@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.gateway.edge import pieces, reading
-from services.gateway.edge.requests import ChatBody, CompletionBody
+from services.gateway.http import pieces, reading
+from services.gateway.http.requests import ChatBody, CompletionBody
 from shared.errors import BatonError
 
 LIMITS = {"model": "m", "max_n": 16, "max_prompts": 32}

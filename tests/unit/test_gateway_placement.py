@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.placement import AHEAD_S, AT_FIRST, END_S, Candidate, Pools, Rules, Wish, other_prefiller, place
+from services.gateway.scheduling.placement import (
+    AHEAD_S,
+    AT_FIRST,
+    END_S,
+    Candidate,
+    Pools,
+    Rules,
+    Wish,
+    other_prefiller,
+    place,
+)
 
 NOW = 100.0
 

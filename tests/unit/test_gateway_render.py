@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from services.gateway import http_errors, metrics
-from services.gateway.edge.render import Collector, EventWriter, Form, Prompt, Usage, error_event
-from services.gateway.receipt import Receipt
-from services.gateway.streams import Row
+from services.gateway import metrics
+from services.gateway.answer import errors
+from services.gateway.answer.render import Collector, EventWriter, Form, PromptShown, Row, Usage, error_event
+from services.gateway.request.answer import receipt_comment
+from services.gateway.request.receipt import Receipt
 from shared import wire
 from shared.errors import (
     BatonError,
@@ -35,7 +36,7 @@ def form(**values) -> Form:
             "return_token_ids": False,
             "service_tier": None,
             "prompt_logprobs": None,
-            "prompts": [Prompt(tokens=[7, 8])],
+            "prompts": [PromptShown(tokens=[7, 8])],
             "prompt_only": False,
         }
         | values
@@ -162,7 +163,7 @@ def test_error_event():
 def test_receipt_is_compact():
     receipt = Receipt(path="whole", reason="r", decode="d")
     assert (
-        receipt.comment()
+        receipt_comment(receipt)
         == b': baton-receipt {"path":"whole","reason":"r","prefill":null,"decode":"d","cached_tokens":0,"predicted_ttft_ms":null,"actual_ttft_ms":null,"retries":0,"stages_ms":null}\n\n'
     )
 
@@ -170,7 +171,7 @@ def test_receipt_is_compact():
 @pytest.mark.parametrize("code", sorted(all_errors()))
 def test_every_error_becomes_http(code):
     cls = all_errors()[code]
-    status, headers, body = http_errors.render(cls("words", param="p", retry_after_s=1.2))
+    status, headers, body = errors.render(cls("words", param="p", retry_after_s=1.2))
     error = json.loads(body)["error"]
     assert error == {"message": "words", "type": cls.kind, "param": "p", "code": code}
     challenge = {b"www-authenticate": b'Bearer realm="baton"'} if status == 401 else {}

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.edge import reading
-from services.gateway.edge.requests import ChatBody, CompletionBody
+from services.gateway.http import reading
+from services.gateway.http.requests import ChatBody, CompletionBody
 from shared.errors import InvalidRequest, ModelNotFound, RequestError, UnsupportedParameter
 
 USER = {"role": "user", "content": "hi"}

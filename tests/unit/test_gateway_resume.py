@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.resume import Load, Sent, goes_on_by_prompt, repeats_itself
-from services.gateway.streams import Row
+from services.gateway.answer.render import Row
+from services.gateway.request.resume import Sent, Work, goes_on_by_prompt, repeats_itself, work_after
 from shared import wire
 from shared.errors import ResumeInexact
 
@@ -51,16 +51,22 @@ def test_greedy_repeats_itself(more, itself):
 
 
 def test_the_next_attempt_has_what_was_sent_as_prompt():
-    load = Load(
-        id="r", tokens=[1, 2], packed=wire.pack_tokens([1, 2]), sampling=wire.Sampling(**GREEDY), first_choice=4
-    )
-    again = load.after([7, 8], [wire.pack_tokens([9])])
-    assert (again.id, again.first_choice) == ("r", 4)
+    work = Work(tokens=[1, 2], packed=wire.pack_tokens([1, 2]), sampling=wire.Sampling(**GREEDY), salt=b"s")
+    again = work_after(work, [7, 8], [wire.pack_tokens([9])])
     assert again.tokens == wire.unpack_tokens(again.packed) == [1, 2, 7, 8]
     assert again.sampling.max_tokens == 7
     assert again.replay == [wire.pack_tokens([9])]
-    assert load.tokens == [1, 2]
-    assert load.after([], [b"", b""]) == load
+    assert again.salt == b"s"
+    assert work.tokens == [1, 2]
+    assert work_after(work, [], [b"", b""]) == work
+
+
+def take(sent, rows):
+    return [new for one in rows if (new := sent.take(one)) is not None]
+
+
+def resume(sent, **ways):
+    return sent.resume(**ways), [sent.replay]
 
 
 def row(text, *tokens, **more):
@@ -76,64 +82,62 @@ def ids(rows):
 
 
 def test_rows_pass_unchanged_while_nothing_is_lost():
-    sent, rows = Sent(0, 1), [row("a", 1), row("", 2), row("bc", 3, 4), row("d", 5)]
+    sent, rows = Sent(), [row("a", 1), row("", 2), row("bc", 3, 4), row("d", 5)]
     assert not sent.has_begun
-    assert sent.take(rows) == rows
+    assert take(sent, rows) == rows
     assert (sent.count, sent.has_begun) == (5, True)
-    assert sent.resume(by_prompt=True, forces=True) == ([1, 2, 3, 4, 5], [b""])
+    assert resume(sent, by_prompt=True, forces=True) == ([1, 2, 3, 4, 5], [b""])
 
 
 def test_a_token_without_its_text_is_repeated():
-    sent = Sent(0, 1)
-    sent.take([row("a", 1), row("", 2), row("", 3)])
-    assert sent.resume(by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
-    assert sent.take([row("", 2), row("", 3)]) == []
-    assert sent.take([row("é", 4)]) == [row("é", 4)]
-    assert sent.resume(by_prompt=True, forces=True) == ([1, 2, 3, 4], [b""])
+    sent = Sent()
+    take(sent, [row("a", 1), row("", 2), row("", 3)])
+    assert resume(sent, by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
+    assert take(sent, [row("", 2), row("", 3)]) == []
+    assert take(sent, [row("é", 4)]) == [row("é", 4)]
+    assert resume(sent, by_prompt=True, forces=True) == ([1, 2, 3, 4], [b""])
 
 
 def test_the_last_of_several_tokens_may_have_no_text_yet():
-    sent = Sent(0, 1)
-    sent.take([row("a", 1), row("bc", 2, 3)])
-    assert sent.resume(by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
-    told = sent.take([row("b", 2), row("", 3), row("cé", 4)])
+    sent = Sent()
+    take(sent, [row("a", 1), row("bc", 2, 3)])
+    assert resume(sent, by_prompt=True, forces=True) == ([1], [wire.pack_tokens([2, 3])])
+    told = take(sent, [row("b", 2), row("", 3), row("cé", 4)])
     assert (ids(told), "".join(one.text for one in told)) == ([4], "é")
 
 
 def test_where_nobody_forces_little_is_repeated():
-    sent = Sent(0, 1)
-    sent.take([row("a", 1), row("bc", 2, 3), row("", 4)])
-    assert sent.resume(by_prompt=True, forces=False) == ([1, 2, 3], [wire.pack_tokens([4])])
+    sent = Sent()
+    take(sent, [row("a", 1), row("bc", 2, 3), row("", 4)])
+    assert resume(sent, by_prompt=True, forces=False) == ([1, 2, 3], [wire.pack_tokens([4])])
 
 
 def test_lost_again_during_the_repetition():
-    sent = Sent(0, 1)
-    sent.take([row("a", 1), row("b", 2), row("c", 3)])
+    sent = Sent()
+    take(sent, [row("a", 1), row("b", 2), row("c", 3)])
     whole = [], [wire.pack_tokens([1, 2, 3])]
-    assert sent.resume(by_prompt=False, forces=True) == whole
-    assert sent.take([row("a", 1), row("b", 2)]) == []
-    assert sent.resume(by_prompt=False, forces=True) == whole
-    assert sent.take([row("abcd", 1, 2, 3, 4)]) == [row("d", 4)]
+    assert resume(sent, by_prompt=False, forces=True) == whole
+    assert take(sent, [row("a", 1), row("b", 2)]) == []
+    assert resume(sent, by_prompt=False, forces=True) == whole
+    assert take(sent, [row("abcd", 1, 2, 3, 4)]) == [row("d", 4)]
     assert sent.count == 4
 
 
-def test_choices_are_repeated_each_for_itself_and_an_ended_one_whole():
-    sent = Sent(4, 2)
-    first = [Row(choice=4, text="a", tokens=wire.pack_tokens([1]), finish=LENGTH)]
-    other = [Row(choice=5, text=text, tokens=wire.pack_tokens([token])) for text, token in (("x", 7), ("y", 8))]
-    assert sent.take(first + other[:1]) == first + other[:1]
-    assert sent.resume(by_prompt=False, forces=True) == ([], [wire.pack_tokens([1]), wire.pack_tokens([7])])
-    assert sent.take(first + other) == other[1:]
-    assert sent.count == 3
+def test_a_choice_that_has_ended_is_repeated_whole():
+    sent, rows = Sent(), [row("a", 1, finish=LENGTH)]
+    assert take(sent, rows) == rows
+    assert resume(sent, by_prompt=False, forces=True) == ([], [wire.pack_tokens([1])])
+    assert take(sent, rows) == []
+    assert sent.count == 1
 
 
 def test_the_prompts_log_probabilities_are_told_once():
     scores = [None, score(1)]
     pieces = [row("", prompt_logprobs=scores[:1]), row("", prompt_logprobs=scores[1:])]
-    sent = Sent(0, 1)
-    assert sent.take(pieces[:1]) == pieces[:1]
-    assert sent.resume(by_prompt=False, forces=True) == ([], [b""])
-    assert sent.take([*pieces, row("x", 5)]) == [pieces[1], row("x", 5)]
+    sent = Sent()
+    assert take(sent, pieces[:1]) == pieces[:1]
+    assert resume(sent, by_prompt=False, forces=True) == ([], [b""])
+    assert take(sent, [*pieces, row("x", 5)]) == [pieces[1], row("x", 5)]
 
 
 @pytest.mark.parametrize(
@@ -142,19 +146,19 @@ def test_the_prompts_log_probabilities_are_told_once():
     ids=["other tokens", "an end too early", "other tokens later"],
 )
 def test_a_repetition_that_differs_ends_the_stream(again):
-    sent = Sent(0, 1)
-    sent.take([row("a", 1), row("b", 2)])
-    sent.resume(by_prompt=False, forces=True)
+    sent = Sent()
+    take(sent, [row("a", 1), row("b", 2)])
+    resume(sent, by_prompt=False, forces=True)
     with pytest.raises(ResumeInexact):
-        sent.take(again)
+        take(sent, again)
 
 
 def test_nothing_may_follow_the_end_of_a_choice():
-    sent = Sent(0, 2)
-    sent.take([row("a", 1, finish=LENGTH)])
-    sent.resume(by_prompt=False, forces=True)
+    sent = Sent()
+    take(sent, [row("a", 1, finish=LENGTH)])
+    resume(sent, by_prompt=False, forces=True)
     with pytest.raises(ResumeInexact):
-        sent.take([row("a", 1), row("b", 2)])
+        take(sent, [row("a", 1), row("b", 2)])
 
 
 # ---- any text, cut in any way, lost anywhere -------------------------------------------------------------------------
@@ -220,17 +224,17 @@ def test_every_token_and_character_is_told_once(output, held_chars, losses, size
         while True:
             yield from sizes
 
-    turn, sent, told, start = turns(), Sent(0, 1), [], 0
+    turn, sent, told, start = turns(), Sent(), [], 0
     for rows_seen in losses:
         rows = said.rows(start, turn)
         if rows_seen >= len(rows):
             break
-        told += sent.take(rows[:rows_seen])
-        whole, (replay,) = sent.resume(by_prompt=by_prompt, forces=True)
+        told += take(sent, rows[:rows_seen])
+        whole, (replay,) = resume(sent, by_prompt=by_prompt, forces=True)
         assert whole + wire.unpack_tokens(replay) == said.tokens[: sent.count]
         start = len(whole)
         assert by_prompt or not start
-    told += sent.take(said.rows(start, turn))
+    told += take(sent, said.rows(start, turn))
     assert ids(told) == said.tokens
     assert "".join(one.text for one in told) == "".join(texts)
     assert sent.count == len(texts)

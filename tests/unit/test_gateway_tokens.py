@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from services.gateway.edge.requests import Message
-from services.gateway.edge.tokens import INLINE_CHARACTERS, ChatTokenizer
+from services.gateway.http.requests import Message
+from services.gateway.http.tokenizer import INLINE_CHARACTERS, ChatTokenizer
 from shared.errors import InvalidRequest, SettingsError
 from tests.support.tiny_tokenizer import make_folder
 

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.costs import Costs
-from services.gateway.forecast import Heard
 from services.gateway.replicas import MEMORY_S, Line, Replicas
-from services.gateway.roster import QUIET_S, Roster
+from services.gateway.scheduling.members import QUIET_S, Members
+from services.gateway.scheduling.predict import Worker
 from shared import wire
 from shared.exposition import labelled, merged
 from shared.histogram import LoopHistogram
@@ -71,10 +71,10 @@ def test_a_loops_histogram_says_what_prometheuss_own_says(values):
 # ---- replicas ------------------------------------------------------------------------------------------------
 
 
-def heard(role: str, number: int, **fields) -> Heard:
+def heard(role: str, number: int, **fields) -> Worker:
     backlog = wire.Backlog(**fields.pop("backlog", {}))
     beat = wire.Heartbeat(role=role, id=f"{role}-{number}", incarnation="1", takes=[role], **fields)
-    return Heard(beat=beat, backlog=backlog, backlog_at=0.0)
+    return Worker(id=beat.id, takes=frozenset(beat.takes), beat=beat, seen_at=0.0, backlog=backlog)
 
 
 def replicas(needs: frozenset[str] = frozenset({"decode"})) -> Replicas:
@@ -141,9 +141,14 @@ def test_without_prices_nothing_costs_anything():
 
 
 def test_the_roster_forgets_who_is_silent():
-    roster = Roster()
+    heard: list[str] = []
+    roster = Members("gateway-0", lambda beat, _: heard.append(beat.id))
     roster.hear(wire.Heartbeat(role="kv", id="kv-0", incarnation="1"), 1.0)
     roster.hear(wire.Heartbeat(role="gateway", id="gateway-0", incarnation="1"), 3.0)
     assert [member.id for member in roster.live(3.5)] == ["kv-0", "gateway-0"]
     assert [member.id for member in roster.live(1.0 + QUIET_S)] == ["gateway-0"]
     assert roster.live(3.5, "decode") == []
+    assert heard == ["kv-0", "gateway-0"]
+    assert roster.other_gateways(3.5) == []
+    assert roster.hears_itself(3.5)
+    assert not roster.hears_itself(4.5)

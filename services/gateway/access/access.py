@@ -19,9 +19,9 @@ from services.gateway.access.keyring import FileSource, Keyring, TableSource
 from services.gateway.access.quotas import Quotas, Taken
 from services.gateway.access.shared_buckets import SharedBuckets
 from services.gateway.access.usage import UsageLog
-from services.gateway.chores import Chores
-from services.gateway.edge.render import Usage
-from services.gateway.http_errors import Headers
+from services.gateway.answer.errors import Headers
+from services.gateway.answer.render import Usage
+from services.gateway.background import BackgroundTasks
 from shared import wire
 from shared.access.connection import open_redis
 from shared.access.key import BadKey
@@ -71,7 +71,7 @@ class Access:
 
     def __init__(self, parts: Parts | None = None) -> None:
         self.parts = parts
-        self._chores: Chores | None = None
+        self._chores: BackgroundTasks | None = None
 
     @classmethod
     def open(cls, settings: GatewaySettings, registry: CollectorRegistry) -> "Access":
@@ -97,7 +97,7 @@ class Access:
         )
         return cls(parts)
 
-    def start(self, chores: Chores) -> None:
+    def start(self, chores: BackgroundTasks) -> None:
         self._chores = chores
         if self.parts is not None:
             chores.start(self.parts.keyring.run())

@@ -14,7 +14,7 @@ from services.gateway.access.client import Client
 from services.gateway.access.figures import Figures
 from services.gateway.access.gateways import Gateways
 from services.gateway.access.shared_buckets import Answer, SharedBuckets
-from services.gateway.chores import Chores
+from services.gateway.background import BackgroundTasks
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Quotas:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    async def take(self, chores: Chores, client: Client, cost: Amount) -> Taken:
+    async def take(self, chores: BackgroundTasks, client: Client, cost: Amount) -> Taken:
         if self._may_ask():
             answer = await self._ask(chores, client, cost)
             if answer is not None:
@@ -60,7 +60,7 @@ class Quotas:
         allowed = bucket.take(limits, cost, time.monotonic())
         return _taken(limits, cost, bucket.left, allowed=allowed, shared=False)
 
-    async def give(self, chores: Chores, client: Client, back: Amount, *, shared: bool) -> None:
+    async def give(self, chores: BackgroundTasks, client: Client, back: Amount, *, shared: bool) -> None:
         """What was taken and not used. Negative: used beyond what was taken. Lost while Redis is away."""
         if not shared:
             self._bucket(client).give(client.limits / self._gateways.count(), back, time.monotonic())
@@ -72,7 +72,9 @@ class Quotas:
     def _may_ask(self) -> bool:
         return self._away_until is None or (not self._probing and time.monotonic() >= self._away_until)
 
-    async def _ask(self, chores: Chores, client: Client, amount: Amount, *, gives: bool = False) -> Answer | None:
+    async def _ask(
+        self, chores: BackgroundTasks, client: Client, amount: Amount, *, gives: bool = False
+    ) -> Answer | None:
         probes = self._probing = self._away_until is not None
         try:
             answer = await self._shared.ask(chores, client.key_id, client.limits, amount, gives=gives)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from redis.asyncio import Redis
 
 from services.gateway.access.buckets import Amount
-from services.gateway.chores import Chores
+from services.gateway.background import BackgroundTasks
 from shared.access.connection import AWAY
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class SharedBuckets:
         return len(self._waiting)
 
     async def ask(
-        self, chores: Chores, key_id: str, limits: Amount, amount: Amount, *, gives: bool = False
+        self, chores: BackgroundTasks, key_id: str, limits: Amount, amount: Amount, *, gives: bool = False
     ) -> Answer | None:
         """Take `amount`, or give it back. None: Redis is away."""
         answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()

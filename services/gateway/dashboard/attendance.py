@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from services.gateway.fleet import SUSPECT_S
+from services.gateway.scheduling.fleet import SUSPECT_S
 from shared import wire
 
 ROLES = ("gateway", "prefill", "decode", "kv")

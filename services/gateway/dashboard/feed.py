@@ -17,8 +17,8 @@ from prometheus_client import Gauge
 from services.gateway.dashboard import counts
 from services.gateway.dashboard.attendance import Attendance
 from services.gateway.dashboard.figures import Figures
-from services.gateway.fleet import Fleet
 from services.gateway.metrics import Metrics
+from services.gateway.scheduling.fleet import Fleet
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BusUnavailable, Draining, NoCapacity
