@@ -3,7 +3,8 @@
 Invariants: every request has a deadline and a reply subject, so a missing responder is an instant `WorkerLost`; every
 handler guards each message, so one bad message is counted and answered, never fatal; a `Failure` reply is raised
 again as the error it stands for. Handlers of requests run concurrently, at most `max_handlers` at once. Answers to all
-questions come through one subscription: the client's own `request` makes a task and a random name for each.
+questions come through one subscription: the client's own `request` makes a task and a random name for each. Messages
+are decoded and handed on where the parser finds them (nats_client.py).
 """
 
 import asyncio
@@ -18,14 +19,13 @@ from typing import Generic, TypeVar
 import msgspec
 import nats
 import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from opentelemetry.context import Context
 
 from shared import telemetry, wire
-from shared.bus_login import Account, NatsClient, inbox, login, not_joined
+from shared.bus_login import Account, inbox, login, not_joined
 from shared.errors import BatonError, BusUnavailable, Internal, SettingsError, Timeout, WorkerLost, from_wire
+from shared.nats_client import Headers, NatsClient
 from shared.settings import CommonSettings
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,16 @@ NO_RESPONDERS = "503"  # the server's status where nobody listens
 class Bus:
     """One connection to NATS. Create with `connect`, end with `close`."""
 
-    def __init__(self, client: Client, *, inbox: str, max_handlers: int) -> None:
+    def __init__(self, client: NatsClient, *, inbox: str, max_handlers: int) -> None:
         self._client = client
         self._max_handlers = max_handlers
         self._handlers: set[asyncio.Task[None]] = set()
         self._inbox = f"{inbox}.{uuid.uuid4().hex}"
         self._trips: set[asyncio.Task[None]] = set()
         self._numbers = count()
-        self._open: dict[str, Callable[[Msg], None]] = {}  # questions, by number; who asks has a deadline
+        self._open: dict[
+            str, Callable[[wire.AnyMessage | BatonError], None]
+        ] = {}  # questions, by number; who asks has a deadline
         self.bad_messages = 0  # read by each service's metrics
         self.refused = 0  # subjects that this service's user may not use
         self.reconnects = 0  # each time, what others published meanwhile may be lost
@@ -99,7 +101,7 @@ class Bus:
                     ping_interval=5,
                     max_outstanding_pings=2,
                 )
-                await client.subscribe(f"{bus._inbox}.*", cb=bus._on_answer)
+                await client.handle(f"{bus._inbox}.*", bus._on_answer)
         except (OSError, TimeoutError, nats.errors.Error) as error:
             await client.close()
             raise SettingsError(not_joined(servers, said)) from error
@@ -120,25 +122,6 @@ class Bus:
         """
         return await Question(self, subject, message, expect).answer(timeout_s)
 
-    async def _exchange(self, subject: str, message: wire.Message, answer: "asyncio.Future[Msg]") -> Msg:
-        """Send a question and wait for the end of `answer`, whoever ends it. Raises BusUnavailable."""
-        number = str(next(self._numbers))
-        self._open[number] = lambda msg: None if answer.done() else answer.set_result(msg)
-        try:
-            if not answer.done():
-                headers, reply = telemetry.inject() or None, f"{self._inbox}.{number}"
-                await self._client.publish(subject, wire.encode(message), reply=reply, headers=headers)
-            return await answer
-        except (nats.errors.Error, OSError) as error:
-            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
-        finally:
-            del self._open[number]
-
-    async def _on_answer(self, msg: Msg) -> None:
-        on_answer = self._open.get(msg.subject.rpartition(".")[2])
-        if on_answer is not None:
-            on_answer(msg)
-
     # ---- questions whose answers are taken by a plain function ---------------------------------------------
 
     def expect(self, on_answer: Callable[[wire.AnyMessage | BatonError], None]) -> str:
@@ -147,16 +130,7 @@ class Bus:
         Whoever opens it closes it: with `forget`, unless it was answered, and sees to its deadline.
         """
         number = str(next(self._numbers))
-
-        def take(msg: Msg) -> None:
-            del self._open[number]
-            try:
-                on_answer(_answer_of(msg))
-            except Exception:  # one bad answer must not silence all others
-                self.bad_messages += 1
-                log.exception("bus: an answer was dropped")
-
-        self._open[number] = take
+        self._open[number] = on_answer
         return number
 
     def forget(self, number: str) -> None:
@@ -166,48 +140,54 @@ class Bus:
         """Where its answers go, whoever gives them."""
         return f"{self._inbox}.{number}"
 
-    async def ask(
-        self, subject: str, message: wire.Message, number: str, *, headers: dict[str, str] | None = None
-    ) -> None:
+    async def ask(self, subject: str, message: wire.Message, number: str, *, headers: Headers = None) -> None:
         """Send a question that was opened. `headers`: of its trace. Raises BusUnavailable."""
-        try:
-            await self._client.publish(
-                subject, wire.encode(message), reply=self.reply_subject(number), headers=headers or None
-            )
-        except (nats.errors.Error, OSError) as error:
-            raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
+        await self.publish(subject, message, reply=self.reply_subject(number), headers=headers)
 
-    async def publish(self, subject: str, message: wire.Message) -> None:
-        """Send and forget. Raises BusUnavailable."""
+    def _on_answer(self, subject: str, _: str, data: bytes, headers: Headers) -> None:
+        on_answer = self._open.pop(subject.rpartition(".")[2], None)
+        if on_answer is None:
+            return
         try:
-            await self._client.publish(subject, wire.encode(message))
+            on_answer(_answer_of(data, headers))
+        except Exception:  # one bad answer must not silence all others
+            self.bad_messages += 1
+            log.exception("bus: an answer was dropped")
+
+    # ---- messages ------------------------------------------------------------------------------------------
+
+    async def publish(self, subject: str, message: wire.Message, *, reply: str = "", headers: Headers = None) -> None:
+        """Send and forget. `reply`: where an answer goes, to whomever; `headers`: of a trace. Raises BusUnavailable."""
+        try:
+            await self._client.publish(subject, wire.encode(message), reply=reply, headers=headers or None)
         except (nats.errors.Error, OSError) as error:
             raise BusUnavailable(f"the bus is away: {type(error).__name__}") from error
 
     async def serve(self, subject: str, handler: RequestHandler) -> Subscription:
         """Answer requests on a subject, each in a task of its own, with the sender's trace context."""
 
-        async def on_message(msg: Msg) -> None:
+        def on_message(_: str, reply: str, data: bytes, headers: Headers) -> None:
             if len(self._handlers) >= self._max_handlers:
-                await self._respond(msg, wire.Busy(reason="max_handlers"))
-                return
-            task = asyncio.create_task(self._answer(msg, handler))
+                answer = self._respond(reply, wire.Busy(reason="max_handlers"))
+            else:
+                answer = self._answer(reply, data, headers, handler)
+            task = asyncio.get_running_loop().create_task(answer)
             self._handlers.add(task)
             task.add_done_callback(self._handlers.discard)
 
-        return await self._client.subscribe(subject, cb=on_message)
+        return await self._client.handle(subject, on_message)
 
     async def listen(self, subject: str, handler: MessageHandler) -> Subscription:
         """Call a plain function for each published message, in order, on the loop. It must not block."""
 
-        async def on_message(msg: Msg) -> None:
+        def on_message(where: str, _: str, data: bytes, __: Headers) -> None:
             try:
-                handler(wire.decode(msg.data))
+                handler(wire.decode(data))
             except Exception:  # one bad message must not silence the subscription
                 self.bad_messages += 1
-                log.exception("bus: message on %s dropped", msg.subject)
+                log.exception("bus: message on %s dropped", where)
 
-        return await self._client.subscribe(subject, cb=on_message)
+        return await self._client.handle(subject, on_message)
 
     async def round_trip(self) -> None:
         """To the server and back, once. Raises BusUnavailable, after TRIP_S at the latest.
@@ -251,22 +231,22 @@ class Bus:
             trip.cancel()
         await asyncio.gather(*self._trips, return_exceptions=True)
 
-    async def _answer(self, msg: Msg, handler: RequestHandler) -> None:
+    async def _answer(self, reply_to: str, data: bytes, headers: Headers, handler: RequestHandler) -> None:
         try:
-            reply = await handler(_decode(msg.data), telemetry.extract(msg.headers))
+            reply = await handler(_decode(data), telemetry.extract(headers))
         except BatonError as error:
             reply = failure(error)
         except Exception:  # the boundary: the asker gets an answer whatever went wrong
             self.bad_messages += 1
-            log.exception("bus: handler of %s failed", msg.subject)
+            log.exception("bus: a handler failed")
             reply = wire.Failure(code=Internal.code, message="internal error")
-        await self._respond(msg, reply)
+        await self._respond(reply_to, reply)
 
-    async def _respond(self, msg: Msg, reply: wire.Message) -> None:
-        if not msg.reply:
+    async def _respond(self, reply_to: str, reply: wire.Message) -> None:
+        if not reply_to:
             return
         try:
-            await self._client.publish(msg.reply, wire.encode(reply))
+            await self._client.publish(reply_to, wire.encode(reply))
         except (nats.errors.Error, OSError) as error:
             log.warning("bus: reply lost: %s", type(error).__name__)
 
@@ -280,7 +260,7 @@ class Question(Generic[M]):
         self._message = message
         self._expect = expect
         self._loop = asyncio.get_running_loop()
-        self._answer: asyncio.Future[Msg] = self._loop.create_future()
+        self._answer: asyncio.Future[wire.AnyMessage] = self._loop.create_future()
 
     def end(self, error: BatonError) -> None:
         """Whoever waits for the answer gets this instead, unless it is here."""
@@ -291,28 +271,33 @@ class Question(Generic[M]):
         """See Bus.request."""
         late = Timeout(f"no answer on {self._subject} within {timeout_s:g} s")
         timer = self._loop.call_later(timeout_s, self.end, late)
+        number = self._bus.expect(self._take)
         try:
-            # Of the future an exception is told even if this task is cancelled meanwhile.
-            answer = await self._bus._exchange(self._subject, self._message, self._answer)  # noqa: SLF001
+            if not self._answer.done():
+                await self._bus.ask(self._subject, self._message, number, headers=telemetry.inject())
+            reply = await self._answer
         finally:
             timer.cancel()
+            self._bus.forget(number)
+            # Of the future an exception is told even if this task is cancelled meanwhile.
             if not self._answer.cancel() and not self._answer.cancelled():
                 self._answer.exception()
-        if not answer.data and answer.headers and answer.headers.get("Status") == NO_RESPONDERS:
-            raise WorkerLost(f"nobody listens on {self._subject}")
-        reply = _decode(answer.data)
-        if isinstance(reply, wire.Failure):
-            raise from_wire(reply.code, reply.message, param=reply.param, retry_after_s=reply.retry_after_s)
         if isinstance(reply, (self._expect, wire.Busy)):
             return reply
         raise Internal(f"unexpected {type(reply).__name__} on {self._subject}")
 
+    def _take(self, reply: wire.AnyMessage | BatonError) -> None:
+        if isinstance(reply, BatonError):
+            self.end(reply)
+        elif not self._answer.done():
+            self._answer.set_result(reply)
 
-def _answer_of(msg: Msg) -> wire.AnyMessage | BatonError:
-    if not msg.data and msg.headers and msg.headers.get("Status") == NO_RESPONDERS:
+
+def _answer_of(data: bytes, headers: Headers) -> wire.AnyMessage | BatonError:
+    if not data and headers and headers.get("Status") == NO_RESPONDERS:
         return WorkerLost("nobody listens there")
     try:
-        reply = _decode(msg.data)
+        reply = _decode(data)
     except Internal as error:
         return error
     if isinstance(reply, wire.Failure):

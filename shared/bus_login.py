@@ -1,8 +1,7 @@
 """How a service makes itself known to NATS: servers, user, TLS; and what it says when it is not let in.
 
-Invariants: user and password hold for every server, also those that a cluster tells of; with `tls://` nothing is said,
-least of all the password, to a server that offers no TLS; who has a user of its own listens for answers on inboxes that
-other users may not read.
+Invariants: user and password hold for every server, also those that a cluster tells of; who has a user of its own
+listens for answers on inboxes that other users may not read.
 """
 
 from collections.abc import Sequence
@@ -10,8 +9,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import msgspec
-import nats.errors
-from nats.aio.client import Client
 
 from shared.tls import Tls
 
@@ -22,19 +19,6 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     user: str = ""
     password: str = ""
     tls: Tls = Tls()
-
-
-class NatsClient(Client):  # type: ignore[misc] # nats-py has no types
-    """Does not fall back to plain text: nats-py goes on without TLS when a server, or who stands before it, says so."""
-
-    def __init__(self, *, must_encrypt: bool) -> None:
-        super().__init__()
-        self._must_encrypt = must_encrypt
-
-    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if initial_connection and self._must_encrypt and not info.get("tls_required"):
-            raise nats.errors.Error("the server offers no TLS")
-        await super()._process_info(info, initial_connection)
 
 
 def inbox(user: str) -> str:

@@ -1,8 +1,9 @@
 """Who may say and hear what on the bus: one NATS user for each role, with its subjects.
 
 `python -m shared.bus_users CLUSTER` prints the users as NATS reads them, with passwords from its environment.
-Invariants: nobody but a gateway can send jobs or cancel them, nobody but a worker sends tokens, nobody beats as another
-role, and answers go only to who has asked.
+Invariants: nobody but a gateway can send decode jobs or cancel any; prefill jobs come from gateways, and from workers
+that have accepted the decode job which names the prefill worker; nobody but a worker sends tokens, nobody beats as
+another role, and answers go only to who has asked.
 """
 
 import sys
@@ -50,7 +51,7 @@ def rights(cluster: str, role: str) -> Rights:
     tests = subjects.selftests(c)
     return Rights(
         publish=(
-            *(subjects.gateway(c, ANY), *tests),
+            *(subjects.gateway(c, ANY), subjects.prefill(c, ANY), *tests),
             *(subjects.kv(c, ANY), subjects.beat(c, role, ANY), subjects.spans(c, ANY)),
         ),
         subscribe=(

@@ -430,6 +430,22 @@ def decode(data: bytes) -> AnyMessage:
     return _decoder.decode(data)
 
 
+def prefill_job(job: DecodeJob, *, lease: str, node: str) -> PrefillJob:
+    """What a decode worker asks on its gateway's behalf, when it has reserved under `lease`."""
+    return PrefillJob(
+        request=job.request,
+        attempt=job.attempt,
+        gateway=job.gateway,
+        tokens=job.tokens,
+        lease=lease,
+        node=node,
+        timeout_s=job.timeout_s,
+        salt=job.salt,
+        priority=job.priority,
+        holders=job.holders,
+    )
+
+
 def pack_tokens(ids: list[int]) -> bytes:
     """Token ids as packed little-endian uint32."""
     if len(ids) == 1:  # of most deltas

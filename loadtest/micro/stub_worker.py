@@ -60,7 +60,7 @@ class StubWorker:
         self._incarnation = uuid.uuid4().hex
 
     async def run(self, nats_url: str) -> None:
-        bus = await Bus.connect(nats_url, self._id)
+        bus = self._bus = await Bus.connect(nats_url, self._id)
         self._batches = Batches(bus, self._cluster, self._id, backlog=self._backlog, sent=lambda _rows: None)
         self._door.bind(str(self._folder / f"{self._id}.door"))
         asyncio.get_running_loop().add_reader(self._door, self._open)
@@ -88,10 +88,18 @@ class StubWorker:
         running.span = telemetry.tracer().start_span(telemetry.DECODE_JOB, context=parent)
         if job.prefill:
             self._waiting[lease] = (key, running)
+            subject = subjects.prefill(self._cluster, job.prefill_worker)
+            message = wire.prefill_job(job, lease=lease, node="node-0")
+            await self._bus.publish(subject, message, reply=job.prefill_reply, headers=telemetry.inject(parent))
         else:
             self._begin(key, running)
         return wire.Accepted(
-            request=job.request, attempt=job.attempt, node="node-0", lease=lease, backlog=self._backlog()
+            request=job.request,
+            attempt=job.attempt,
+            node="node-0",
+            lease=lease,
+            asked_prefill=job.prefill,
+            backlog=self._backlog(),
         )
 
     async def _prefill(self, job: wire.AnyMessage, parent: Context) -> wire.Message:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shared import wire
+from shared.bus import Bus
 from shared.kv.client import KvClient
 from shared.line import Line
 from shared.worker.batches import Batches
@@ -28,6 +29,8 @@ class WorkerContext:
     jobs: Jobs
     metrics: WorkerMetrics
     batches: Batches
+    bus: Bus
+    cluster: str
     reserve_s: float
     lease_s: float
     prompts: Prompts = field(default_factory=Prompts)  # that are computed here

@@ -1,4 +1,4 @@
-"""A decode job: reserve, accept, wait for the prompt's blocks, then stream every token from one engine."""
+"""A decode job: reserve, ask for prefill, accept, wait for the blocks, then stream every token from one engine."""
 
 import asyncio
 import logging
@@ -8,7 +8,7 @@ from contextlib import aclosing
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from shared import telemetry, wire
+from shared import subjects, telemetry, wire
 from shared.bus import failure
 from shared.errors import BatonError, Internal, KvLost, KvMemory, ResumeInexact, Timeout
 from shared.kv.blocks import block_keys
@@ -53,7 +53,7 @@ class DecodeHandler:
                 span.set_attributes({"baton.worker": context.id, "baton.attempt": job.attempt})
                 span.set_attribute("gen_ai.usage.input_tokens", len(job.tokens) // wire.TOKEN_BYTES)
                 async with asyncio.timeout(job.timeout_s):
-                    await _Run(context, job, stream, accepted).go()
+                    await _Run(context, job, parent, stream, accepted).go()
         except KvMemory:
             _answer(accepted, stream, wire.Busy(reason=KvMemory.code, backlog=context.backlog()))
         except BatonError as error:
@@ -86,10 +86,16 @@ class _Run:
     """One job's way through reserve, wait and stream. Its lease is released on every path out."""
 
     def __init__(
-        self, context: WorkerContext, job: wire.DecodeJob, stream: Stream, accepted: "asyncio.Future[wire.Message]"
+        self,
+        context: WorkerContext,
+        job: wire.DecodeJob,
+        parent: Context,
+        stream: Stream,
+        accepted: "asyncio.Future[wire.Message]",
     ) -> None:
         self._context = context
         self._job = job
+        self._parent = parent
         self._stream = stream
         self._accepted = accepted
         self._key = (job.request, job.attempt)
@@ -104,7 +110,7 @@ class _Run:
             if not self._job.prefill:
                 held = 0 if slots is None else self._covered(leading(slots.committed))
                 context.prompts.begin(self._key, self._tokens - held, time.monotonic())
-            self._accept(slots)
+            await self._accept(slots)
             context.kv_promised += self._tokens
             try:
                 plan = await self._plan(slots)
@@ -129,9 +135,12 @@ class _Run:
             log.warning("kv: serving without the store: %s", error.message)
             return None
 
-    def _accept(self, slots: Reserved | None) -> None:
+    async def _accept(self, slots: Reserved | None) -> None:
         # Without a store nobody needs to prefill: nothing could be handed over.
         cached = self._tokens if slots is None else self._covered(leading(slots.committed))
+        asked = bool(self._job.prefill and self._job.prefill_worker) and cached < self._tokens
+        if asked:
+            await self._ask_prefill()
         self._accepted.set_result(
             wire.Accepted(
                 request=self._job.request,
@@ -139,9 +148,18 @@ class _Run:
                 node=self._context.node,
                 lease=self._lease,
                 cached_tokens=cached,
+                asked_prefill=asked,
                 backlog=self._context.backlog(),
             )
         )
+
+    async def _ask_prefill(self) -> None:
+        """On the gateway's behalf, which chose the worker and hears its answer. Saves it a round trip (ADR 25)."""
+        job, context = self._job, self._context
+        message = wire.prefill_job(job, lease=self._lease, node=context.node)
+        subject = subjects.prefill(context.cluster, job.prefill_worker)
+        headers = telemetry.inject(self._parent)  # the gateway's span is the parent of both jobs
+        await context.bus.publish(subject, message, reply=job.prefill_reply, headers=headers)
 
     async def _plan(self, slots: Reserved | None) -> KvPlan | None:
         """Wait for the hand-off; what is not there by its deadline is recomputed, and counted."""

@@ -129,6 +129,8 @@ class Worker:
                 jobs=Jobs(),
                 metrics=self._metrics,
                 batches=batches,
+                bus=bus,
+                cluster=settings.cluster,
                 reserve_s=settings.reserve_s,
                 lease_s=settings.lease_s,
                 prompts=Prompts(step_limit=engine.info.step_tokens),

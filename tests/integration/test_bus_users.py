@@ -52,7 +52,6 @@ async def settled(*buses: Bus) -> None:
     "subject",
     [
         subjects.decode(C, "decode-1"),
-        subjects.prefill(C, "prefill-1"),
         subjects.cancel(C, "decode-1"),
         subjects.beat(C, "gateway", "gateway-0"),
         subjects.metrics(C, "gateway-0"),
@@ -82,6 +81,7 @@ async def test_nobody_else_speaks_as_a_gateway(url: str, role: str, subject: str
     [
         ("gateway", subjects.gateway(C, "gateway-1")),
         ("kv", subjects.gateway(C, "gateway-1")),
+        ("kv", subjects.prefill(C, "prefill-1")),
         ("gateway", subjects.beat(C, "decode", "decode-0")),
         ("prefill", subjects.beat(C, "decode", "decode-0")),
         ("kv", subjects.beat(C, "decode", "decode-0")),

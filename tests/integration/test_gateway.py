@@ -141,13 +141,27 @@ async def test_disconnect_while_streaming(cluster):
         await assert_nothing_left(running)
 
 
-async def test_busy_goes_elsewhere(cluster):
+@pytest.mark.parametrize("is_old", [False, True], ids=["by decode", "by the gateway, of an older decode"])
+async def test_prefill_is_asked_once(cluster, is_old):
     async with cluster.gateway() as running:
-        _, first, second = await cluster.add(running, "prefill-0", "decode-0", "decode-1")
+        prefill, decode = await cluster.add(running, "prefill-0", "decode-0")
+        decode.script = Script(is_old=is_old)
+        raw = await running.client.chat.completions.with_raw_response.create(model=MODEL, messages=HELLO, max_tokens=2)
+        assert raw.parse().choices[0].message.content == " 0 1"
+        assert (receipt(raw)["path"], receipt(raw)["prefill"]) == ("split", "prefill-0")
+        ((asked,), (job,)) = prefill.jobs, decode.jobs
+        assert (job.prefill_worker, asked.request, asked.tokens) == ("prefill-0", job.request, job.tokens)
+        await assert_nothing_left(running)
+
+
+async def test_busy_goes_elsewhere_and_asks_no_prefill_before(cluster):
+    async with cluster.gateway() as running:
+        prefill, first, second = await cluster.add(running, "prefill-0", "decode-0", "decode-1")
         first.script = second.script = Script(busy=1)
         answer = await running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2)
         assert answer.choices[0].message.content == " 0 1"
         assert sorted(job.attempt for job in first.jobs + second.jobs) == [0, 1]
+        assert [job.attempt for job in prefill.jobs] == [1]
 
 
 async def test_always_busy_is_a_refusal(cluster):

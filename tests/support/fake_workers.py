@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from opentelemetry.context import Context
 from opentelemetry.trace import get_current_span
 
-from shared import subjects, wire
+from shared import subjects, telemetry, wire
 from shared.bus import Bus
 from shared.errors import BatonError
 
@@ -39,6 +39,7 @@ class Script:
     busy_reason: str = "queue_full"
     refuse: BatonError | None = None  # answer every job with this
     hang: bool = False  # take the job and never answer
+    is_old: bool = False  # of a version that leaves asking prefill to the gateway
     deaf: bool = False  # go on after a cancel, as one does that has not seen it yet
     says_first: int = 0  # begin with this number
     stall_after: int | None = None  # rows after which nothing more comes
@@ -160,7 +161,11 @@ class FakeWorker:
         if not job.prefill or self.script.cached_tokens * 4 >= len(job.tokens):
             self._handoffs.lease(lease).set()
         self._running[job.request, job.attempt] = self._spawn(self._emit(job, lease))
+        asks = job.prefill_worker and not self.script.is_old and not self._handoffs.lease(lease).is_set()
+        if asks:
+            await self._ask_prefill(job, lease, context)
         return wire.Accepted(
+            asked_prefill=bool(asks),
             request=job.request,
             attempt=job.attempt,
             node="node-0",
@@ -168,6 +173,11 @@ class FakeWorker:
             cached_tokens=self.script.cached_tokens,
             backlog=wire.Backlog(running=len(self._running)),
         )
+
+    async def _ask_prefill(self, job: wire.DecodeJob, lease: str, context: Context) -> None:
+        message = wire.prefill_job(job, lease=lease, node="node-0")
+        subject = subjects.prefill(self._cluster, job.prefill_worker)
+        await self._bus.publish(subject, message, reply=job.prefill_reply, headers=telemetry.inject(context))
 
     async def _emit(self, job: wire.DecodeJob, lease: str) -> None:
         await self._handoffs.lease(lease).wait()

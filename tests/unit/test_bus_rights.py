@@ -38,9 +38,18 @@ def test_every_subject_has_who_hears_it_and_who_speaks_there(function: Callable[
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "kv"])
-def test_only_gateways_send_jobs(role: str) -> None:
-    for named in (subjects.decode, subjects.prefill, subjects.cancel):
+def test_only_gateways_send_decode_jobs_and_cancels(role: str) -> None:
+    for named in (subjects.decode, subjects.cancel):
         assert not any(covers(pattern, named(C, "w")) for pattern in rights(C, role).publish)
+
+
+def test_workers_pass_prefill_jobs_on_and_stores_do_not() -> None:
+    subject = subjects.prefill(C, "w")
+    assert [role for role in ROLES if any(covers(one, subject) for one in rights(C, role).publish)] == [
+        "gateway",
+        "prefill",
+        "decode",
+    ]
 
 
 def test_the_configuration_holds_no_password() -> None:

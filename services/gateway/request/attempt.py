@@ -1,7 +1,7 @@
 """One attempt to serve a prompt: decode is asked, prefill computes, rows come (tokens.py) until all are there.
 
 Decode asks the prefill worker that was chosen here, as soon as it has reserved; the prefill's answer comes straight to
-this gateway (ADR 28). All answers are taken by plain functions called by the bus; the request's task sleeps until the
+this gateway (ADR 25). All answers are taken by plain functions called by the bus; the request's task sleeps until the
 outcome is there. Invariants: on every way out the attempt takes no more rows, its questions are closed, and a Cancel is
 sent to each worker that may still work for it; an attempt's number is never used twice.
 """
