@@ -10,7 +10,7 @@ from opentelemetry.context import Context
 
 from shared import subjects, telemetry, wire
 from shared.bus import failure
-from shared.errors import BatonError, Internal, KvLost, KvMemory, ResumeInexact, Timeout
+from shared.errors import BatonError, BusUnavailable, Internal, KvLost, KvMemory, ResumeInexact, Timeout
 from shared.kv.blocks import block_keys
 from shared.kv.messages import Ready, Reserved
 from shared.worker.batches import Stream
@@ -138,9 +138,7 @@ class _Run:
     async def _accept(self, slots: Reserved | None) -> None:
         # Without a store nobody needs to prefill: nothing could be handed over.
         cached = self._tokens if slots is None else self._covered(leading(slots.committed))
-        asked = bool(self._job.prefill and self._job.prefill_worker) and cached < self._tokens
-        if asked:
-            await self._ask_prefill()
+        asked = cached < self._tokens and await self._ask_prefill()
         self._accepted.set_result(
             wire.Accepted(
                 request=self._job.request,
@@ -153,13 +151,24 @@ class _Run:
             )
         )
 
-    async def _ask_prefill(self) -> None:
-        """On the gateway's behalf, which chose the worker and hears its answer. Saves it a round trip (ADR 25)."""
+    async def _ask_prefill(self) -> bool:
+        """On the gateway's behalf, which chose the worker and hears its answer (ADR 25). False: the gateway has to ask.
+
+        Nobody tells whether that worker was there to hear it: the gateway watches it as one that it asked itself.
+        """
         job, context = self._job, self._context
+        # Refused by NATS: its users are of an older version, and what this worker says there is lost.
+        if not (job.prefill and job.prefill_worker) or context.bus.refused:
+            return False
         message = wire.prefill_job(job, lease=self._lease, node=context.node)
         subject = subjects.prefill(context.cluster, job.prefill_worker)
         headers = telemetry.inject(self._parent)  # the gateway's span is the parent of both jobs
-        await context.bus.publish(subject, message, reply=job.prefill_reply, headers=headers)
+        try:
+            await context.bus.publish(subject, message, reply=job.prefill_reply, headers=headers)
+        except BusUnavailable as error:
+            log.info("prefill was not asked: %s", error.message)
+            return False
+        return True
 
     async def _plan(self, slots: Reserved | None) -> KvPlan | None:
         """Wait for the hand-off; what is not there by its deadline is recomputed, and counted."""

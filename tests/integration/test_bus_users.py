@@ -144,6 +144,29 @@ async def test_a_worker_answers_who_asks_once(url: str) -> None:
         await worker.close()
 
 
+async def test_a_decode_worker_asks_for_a_prompt_on_a_gateways_behalf(url: str) -> None:
+    gateway, decode, prefill = await join(url, "gateway"), await join(url, "decode"), await join(url, "prefill")
+    try:
+        answered: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        done = wire.PrefillDone(request="r", attempt=0)
+
+        async def compute(_: wire.AnyMessage, __: object) -> wire.Message:
+            return done
+
+        subject = subjects.prefill(C, "prefill-0")
+        await prefill.serve(subject, compute)
+        await prefill.flush()
+        reply = gateway.reply_subject(gateway.expect(answered.set_result))
+        await decode.publish(subject, wire.Ping(), reply=reply)
+        async with asyncio.timeout(WAIT_S):
+            assert await answered == done
+        await settled(decode, prefill)
+        assert decode.refused == prefill.refused == 0
+    finally:
+        for bus in (gateway, decode, prefill):
+            await bus.close()
+
+
 async def test_a_worker_that_asks_another_one_gets_no_answer(url: str) -> None:
     liar, worker = await join(url, "prefill"), await join(url, "decode")
     asked = asyncio.Event()

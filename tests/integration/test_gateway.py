@@ -130,6 +130,22 @@ async def test_disconnect_cancels_on_both_workers(cluster):
         assert running.sample("baton_requests_total", model=MODEL, tier="default", outcome="cancelled") == 1
 
 
+async def test_disconnect_before_decode_has_accepted(cluster):
+    """It may have asked for the prompt already, so both are told; a cancel that comes before its job bars it."""
+    async with cluster.gateway() as running:
+        prefill, decode = await cluster.add(running, "prefill-0", "decode-0")
+        prefill.script, decode.script = Script(hang=True), Script(silent=True)
+        asking = asyncio.create_task(
+            running.client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, stream=True)
+        )
+        await prefill.until(lambda w: w.jobs)
+        asking.cancel()
+        await decode.until(lambda w: w.cancels)
+        await prefill.until(lambda w: w.cancels)
+        assert decode.cancels == prefill.cancels == [(decode.jobs[0].request, 0)]
+        await assert_nothing_left(running)
+
+
 async def test_disconnect_while_streaming(cluster):
     async with cluster.gateway() as running:
         _, decode = await cluster.add(running, "prefill-0", "decode-0")
@@ -162,6 +178,7 @@ async def test_busy_goes_elsewhere_and_asks_no_prefill_before(cluster):
         assert answer.choices[0].message.content == " 0 1"
         assert sorted(job.attempt for job in first.jobs + second.jobs) == [0, 1]
         assert [job.attempt for job in prefill.jobs] == [1]
+        assert not prefill.cancels
 
 
 async def test_always_busy_is_a_refusal(cluster):
@@ -209,6 +226,20 @@ async def test_prefill_death_mid_prompt(cluster, announced):
         assert (receipt(answer)["prefill"], receipt(answer)["retries"]) == ("prefill-1", 1)
         assert spare.jobs[0].lease == prefill.jobs[0].lease
         assert len(decode.jobs) == 1
+
+
+async def test_a_prefill_worker_that_has_left_unheard(cluster):
+    """NATS tells the decode worker alone that nobody listens; the gateway finds it as it finds any loss."""
+    async with cluster.gateway() as running:
+        prefill, _ = await cluster.add(running, "prefill-0", "decode-0")
+        await prefill.die()
+        answer = await running.client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=HELLO, max_tokens=2
+        )
+        assert answer.parse().choices[0].message.content == " 0 1"
+        assert receipt(answer)["path"] == "whole"
+        assert not prefill.jobs
+        await assert_nothing_left(running)
 
 
 async def test_last_prefill_dies_and_decode_serves_whole(cluster):

@@ -39,6 +39,7 @@ class Script:
     busy_reason: str = "queue_full"
     refuse: BatonError | None = None  # answer every job with this
     hang: bool = False  # take the job and never answer
+    silent: bool = False  # reserve, ask prefill, and never say so
     is_old: bool = False  # of a version that leaves asking prefill to the gateway
     deaf: bool = False  # go on after a cancel, as one does that has not seen it yet
     says_first: int = 0  # begin with this number
@@ -164,6 +165,8 @@ class FakeWorker:
         asks = job.prefill_worker and not self.script.is_old and not self._handoffs.lease(lease).is_set()
         if asks:
             await self._ask_prefill(job, lease, context)
+        if self.script.silent:
+            await asyncio.Event().wait()
         return wire.Accepted(
             asked_prefill=bool(asks),
             request=job.request,
