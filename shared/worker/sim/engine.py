@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 INLINE_BYTES = 1 << 20  # more are written and read in a thread: other tasks of the loop wait no longer than this takes
 CATCH_UP_S = 0.1  # steps that are further behind do not make up for it: the time is lost, and counted
 SIGN_S = 1.0
+TURN_S = 0.001  # at infinite speed the loop's other tasks have their turn so often, not in each step
+TURNS = 3  # of the loop: a delta's reader, the batch that its row goes into, the bus
 HELD_SHARE = 8  # one page in so many may be held for requests that have ended
 DEFAULT_KV_BYTES = 1 << 29
 
@@ -97,6 +99,7 @@ class SimEngine:
         self._liveness = Liveness(time.monotonic())
         self._wake = asyncio.Event()
         self._due_s = 0.0  # when the last step was to end
+        self._turn_s = 0.0  # when the loop's other tasks are due, at infinite speed
         self._ended_s: float | None = None  # when the last step ended; None after a pause
         self._loop: asyncio.Task[None] | None = None
         self._failure: EngineFailed | None = None
@@ -227,12 +230,16 @@ class SimEngine:
             await asyncio.to_thread(self._work, step)
         else:
             self._work(step)
-        if self._speed == math.inf:
-            await asyncio.sleep(0)
-        else:
+        if self._speed != math.inf:
             await self._sleep_until(start_s + self._step_s(step))
         self._start_saves(step.copies)  # nobody may have a block before it is computed
-        self._end(step, time.monotonic())
+        ended_s = time.monotonic()
+        self._end(step, ended_s)
+        if self._speed == math.inf and (step.chunks or ended_s > self._turn_s):
+            # A first token is on its way to its client before more are made.
+            for _ in range(TURNS if step.chunks else 1):
+                await asyncio.sleep(0)
+            self._turn_s = time.monotonic() + TURN_S
 
     def _start_s(self, now_s: float) -> float:
         """When the step is to have begun: as the last one was to end, so that what a timer is late never adds up."""
