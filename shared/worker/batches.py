@@ -2,7 +2,8 @@
 
 An engine step wakes all its requests' tasks in one tick of the loop; each adds its row, and the sender runs a tick
 later with all of them. That is what keeps the gateway's cost per token low. Steps that follow each other within APART_S
-share a batch: a message costs every process on its way more than that, and no reader sees the difference.
+share a batch, and what they say of one choice is one row: a message, and a write to a client, cost every process on
+their way more than that, and no reader sees the difference.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from shared.worker.engine import EngineDelta
 
 log = logging.getLogger(__name__)
 
-APART_S = 0.002  # between two batches; no step of a real engine is shorter
+APART_S = 0.004  # between two batches; steps of most engines are longer
 PIECE = 20_000  # log probabilities in one message: about 1 MB, and the bus takes 8
 
 
@@ -45,10 +46,20 @@ class Stream:
         self._request = request
         self._attempt = attempt
         self._sequence = 0
+        self._open: tuple[_Columns, int, int] | None = None  # its last row, if more may be added, and of which choice
 
     def delta(self, delta: EngineDelta, usage: wire.DecodeUsage | None = None) -> None:
         """One delta; `usage` with the last one of the request."""
-        columns, row = self._row(delta.choice, delta.text, wire.pack_tokens(delta.tokens))
+        tokens = wire.pack_tokens(delta.tokens)
+        if self._open is not None and delta.logprobs is None and delta.finish is None and usage is None:
+            columns, at, choice = self._open
+            if choice == delta.choice and self._batches.is_waiting(columns, self._gateway):
+                columns.texts[at] += delta.text
+                columns.tokens[at] += tokens
+                return
+        columns, row = self._row(delta.choice, delta.text, tokens)
+        plain = delta.finish is None and delta.logprobs is None and usage is None
+        self._open = (columns, int(row), delta.choice) if plain else None
         if delta.finish is not None:
             columns.finish[row] = delta.finish
         if delta.logprobs is not None:
@@ -107,6 +118,10 @@ class Batches:
 
     def open(self, gateway: str, request: str, attempt: int) -> Stream:
         return Stream(self, gateway, request, attempt)
+
+    def is_waiting(self, columns: _Columns, gateway: str) -> bool:
+        """Not sent yet."""
+        return self._waiting.get(gateway) is columns
 
     def columns(self, gateway: str) -> _Columns:
         columns = self._waiting.get(gateway)
