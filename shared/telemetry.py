@@ -16,6 +16,7 @@ from opentelemetry.context import Context
 from prometheus_client import disable_created_metrics
 
 from shared import spans
+from shared.log_writer import LogWriter
 
 GATEWAY_REQUEST = "gateway.request"
 GATEWAY_ADMISSION = "gateway.admission"
@@ -27,6 +28,7 @@ KV_LOAD = "kv.load"
 DECODE_FIRST_TOKEN = "decode.first_token"  # noqa: S105 - a span's name
 
 _recorder = spans.Recorder()  # OpenTelemetry, too, has one a process
+_writer: LogWriter | None = None
 
 
 def start(*, enabled: bool = True) -> spans.Recorder:
@@ -70,9 +72,16 @@ def from_traceparent(value: str) -> Context:
     return extract({"traceparent": parent, "tracestate": state} if parent else {})
 
 
-def start_logs(service: str, instance: str, *, log_format: str = "human", level: str = "info") -> None:
-    """One handler on stderr; human lines or one JSON object a line, with the trace id where there is one."""
-    handler = logging.StreamHandler(sys.stderr)
+def start_logs(
+    service: str, instance: str, *, log_format: str = "human", level: str = "info", aside: bool = False
+) -> None:
+    """One handler on stderr; human lines or one JSON object a line, with the trace id where there is one.
+
+    `aside`: a thread writes them, so that nobody waits for whoever reads them.
+    """
+    global _writer  # noqa: PLW0603 - one a process, as stderr is
+    _writer = LogWriter(sys.stderr) if aside else None
+    handler = logging.StreamHandler(_writer or sys.stderr)
     handler.setFormatter(_JsonLines(service, instance) if log_format == "json" else _HumanLines(instance))
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -81,6 +90,12 @@ def start_logs(service: str, instance: str, *, log_format: str = "human", level:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # One line for a batch that is lost; none for each try.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+
+
+def flush_logs() -> None:
+    """Before something else is written on stderr."""
+    if _writer is not None:
+        _writer.close()
 
 
 def log_fields(log: logging.Logger, message: str, fields: Mapping[str, object]) -> None:

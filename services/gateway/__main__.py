@@ -55,7 +55,9 @@ def main() -> int:
         settings = configuration.load(GatewaySettings)
         check_exposure(settings)
         check_https(settings)
-        telemetry.start_logs("gateway", settings.id, log_format=settings.log_format, level=settings.log_level)
+        telemetry.start_logs(
+            "gateway", settings.id, log_format=settings.log_format, level=settings.log_level, aside=True
+        )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         log.info("settings %s", configuration.shown(settings))
         export = from_environment()
@@ -66,6 +68,7 @@ def main() -> int:
             if export is not None:
                 export.close()
     except SettingsError as error:
+        telemetry.flush_logs()
         sys.stderr.write(f"gateway: {error}\n")
         return 2
     return 0

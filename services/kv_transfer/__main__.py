@@ -46,11 +46,12 @@ SWITCH_S = 0.0005  # a thread whose block has come waits no longer than this for
 def main() -> int:
     try:
         settings = configuration.load(KvSettings)
-        telemetry.start_logs("kv", settings.id, log_format=settings.log_format, level=settings.log_level)
+        telemetry.start_logs("kv", settings.id, log_format=settings.log_format, level=settings.log_level, aside=True)
         log.info("settings %s", configuration.shown(settings))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve(settings))
     except SettingsError as error:
+        telemetry.flush_logs()
         sys.stderr.write(f"kv_transfer: {error}\n")
         return 2
     return 0

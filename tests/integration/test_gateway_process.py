@@ -126,6 +126,35 @@ async def test_sigterm_drains_and_exits_0(environ, nats_url):
             await process.process.wait()
 
 
+async def test_a_log_that_nobody_reads_stops_nobody(environ):
+    """A pipe takes 64 KiB; each request is a line."""
+    requests, lines = 1000, 0
+    pipe, end = os.pipe()
+    process = await asyncio.create_subprocess_exec(*command(), env=environ, cwd=ROOT, stderr=end)
+    os.close(end)
+    reader = os.fdopen(pipe, "rb", buffering=0)
+    try:
+        seen = b""
+        while b"listening on " not in seen:
+            seen += await asyncio.to_thread(reader.read, 65536)
+        url = seen.decode().split("listening on ")[1].split(",")[0]
+        async with httpx.AsyncClient(base_url=url, timeout=START_S) as client:
+            for _ in range(requests):
+                answer = await client.post("/v1/completions", json={"model": "other", "prompt": "x"})
+                assert answer.status_code == 404
+        process.send_signal(signal.SIGTERM)
+        while data := await asyncio.to_thread(reader.read, 65536):
+            lines += data.count(b"outcome=client_error")
+        async with asyncio.timeout(START_S):
+            assert await process.wait() == 0
+        assert lines == requests  # once somebody reads, nothing was lost
+    finally:
+        reader.close()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 async def test_small_writes_leave_at_once(environ):
     """Without TCP_NODELAY a first token waits 44 ms: uvloop sets it, and this would notice if that changed."""
     import uvloop

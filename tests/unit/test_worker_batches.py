@@ -70,8 +70,8 @@ async def test_rows_stay_in_order_whoever_flushes():
         assert rows
 
 
-async def test_steps_that_follow_at_once_share_a_batch():
-    """The first row goes at once, what comes within the next moment goes together."""
+async def test_steps_that_follow_at_once_share_a_batch_and_a_row():
+    """The first row goes at once, what comes within the next moment goes together; ends and scores stay apart."""
     bus = SlowBus()
     batches = Batches(bus, "c", "w", backlog=wire.Backlog, sent=lambda _rows: None, apart_s=60.0)
     stream = batches.open("h", "r", 0)
@@ -79,13 +79,19 @@ async def test_steps_that_follow_at_once_share_a_batch():
     stream.delta(EngineDelta(choice=0, text="0", tokens=[0]))
     await asyncio.sleep(0)
     assert [batch.sequences for batch in bus.sent] == [[0]]
-    for index in range(1, 6):
+    for index in range(1, 4):
         stream.delta(EngineDelta(choice=0, text=str(index), tokens=[index]))
         await asyncio.sleep(0)
+    stream.delta(EngineDelta(choice=1, text="x", tokens=[9]))
+    stream.delta(EngineDelta(choice=0, text="4", tokens=[4]))
+    stream.delta(EngineDelta(choice=0, text="5", tokens=[5], finish=STOP))
     assert len(bus.sent) == 1
     await batches.flush()
     running.cancel()
-    assert bus.sent[1].sequences == [1, 2, 3, 4, 5]
+    assert bus.sent[1].sequences == [1, 2, 3, 4]
+    assert bus.sent[1].texts == ["123", "x", "4", "5"]
+    assert wire.unpack_tokens(bus.sent[1].tokens[0]) == [1, 2, 3]
+    assert bus.sent[1].finish == {"3": STOP}
 
 
 def test_what_was_cached_is_what_the_first_choice_found():
