@@ -12,9 +12,9 @@ import contextlib
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import nats
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=wire.Message)
 RequestHandler = Callable[[wire.AnyMessage, Context], Awaitable[wire.Message]]
+JobHandler = Callable[[wire.AnyMessage, Headers, "Reply"], None]
 MessageHandler = Callable[[wire.AnyMessage], None]
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -171,9 +172,19 @@ class Bus:
                 answer = self._respond(reply, wire.Busy(reason="max_handlers"))
             else:
                 answer = self._answer(reply, data, headers, handler)
-            task = asyncio.get_running_loop().create_task(answer)
-            self._handlers.add(task)
-            task.add_done_callback(self._handlers.discard)
+            self._start(answer)
+
+        return await self._client.handle(subject, on_message)
+
+    async def take(self, subject: str, handler: JobHandler) -> Subscription:
+        """Hand requests to a plain function, which sees to the answer; what it raises is one. It must not block."""
+
+        def on_message(_: str, reply_to: str, data: bytes, headers: Headers) -> None:
+            reply = Reply(self, reply_to)
+            try:
+                handler(_decode(data), headers, reply)
+            except Exception as error:  # noqa: BLE001 - the boundary: the asker gets an answer whatever went wrong
+                reply.give_soon(self._failure_of(error))
 
         return await self._client.handle(subject, on_message)
 
@@ -231,16 +242,24 @@ class Bus:
             trip.cancel()
         await asyncio.gather(*self._trips, return_exceptions=True)
 
+    def _start(self, answer: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(answer)
+        self._handlers.add(task)
+        task.add_done_callback(self._handlers.discard)
+
     async def _answer(self, reply_to: str, data: bytes, headers: Headers, handler: RequestHandler) -> None:
         try:
             reply = await handler(_decode(data), telemetry.extract(headers))
-        except BatonError as error:
-            reply = failure(error)
-        except Exception:  # the boundary: the asker gets an answer whatever went wrong
-            self.bad_messages += 1
-            log.exception("bus: a handler failed")
-            reply = wire.Failure(code=Internal.code, message="internal error")
+        except Exception as error:  # noqa: BLE001 - the boundary: the asker gets an answer whatever went wrong
+            reply = self._failure_of(error)
         await self._respond(reply_to, reply)
+
+    def _failure_of(self, error: Exception) -> wire.Failure:
+        if isinstance(error, BatonError):
+            return failure(error)
+        self.bad_messages += 1
+        log.error("bus: a handler failed", exc_info=error)
+        return wire.Failure(code=Internal.code, message="internal error")
 
     async def _respond(self, reply_to: str, reply: wire.Message) -> None:
         if not reply_to:
@@ -249,6 +268,26 @@ class Bus:
             await self._client.publish(reply_to, wire.encode(reply))
         except (nats.errors.Error, OSError) as error:
             log.warning("bus: reply lost: %s", type(error).__name__)
+
+
+class Reply:
+    """The answer to one message: the first one that is given."""
+
+    __slots__ = ("_bus", "_to", "is_given")
+
+    def __init__(self, bus: Bus, to: str) -> None:
+        self._bus = bus
+        self._to = to
+        self.is_given = False
+
+    async def give(self, message: wire.Message) -> None:
+        if not self.is_given:
+            self.is_given = True
+            await self._bus._respond(self._to, message)  # noqa: SLF001
+
+    def give_soon(self, message: wire.Message) -> None:
+        """For plain functions."""
+        self._bus._start(self.give(message))  # noqa: SLF001
 
 
 class Question(Generic[M]):

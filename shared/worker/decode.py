@@ -4,16 +4,14 @@ import asyncio
 import logging
 import time
 from contextlib import aclosing
-
-from opentelemetry import trace
-from opentelemetry.context import Context
+from functools import partial
 
 from shared import subjects, telemetry, wire
-from shared.bus import failure
+from shared.bus import Reply, failure
 from shared.errors import BatonError, BusUnavailable, Internal, KvLost, KvMemory, ResumeInexact, Timeout
 from shared.kv.blocks import block_keys
 from shared.kv.messages import Ready, Reserved
-from shared.worker.batches import Stream
+from shared.nats_client import Headers
 from shared.worker.context import WorkerContext
 from shared.worker.engine import EngineDelta, EngineRequest, KvPlan
 from shared.worker.leases import leading, reserve
@@ -29,81 +27,75 @@ class DecodeHandler:
         self._limit = limit
         self._running = 0
 
-    async def __call__(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
+    def __call__(self, job: wire.AnyMessage, headers: Headers, reply: Reply) -> None:
         context = self._context
         if not isinstance(job, wire.DecodeJob):
             raise TypeError(f"a decode subject got {type(job).__name__}")
         if job.replay and not context.engine.info.forces:
             raise ResumeInexact("this worker's engine cannot repeat what was sent")
         if context.draining or self._running >= self._limit:
-            return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
-        accepted: asyncio.Future[wire.Message] = asyncio.get_running_loop().create_future()
-        task = context.jobs.spawn((job.request, job.attempt), self._job(job, parent, accepted), job.gateway)
-        # A task that is cancelled before its first step runs nothing of its own.
-        task.add_done_callback(lambda _: _refuse(accepted, context.jobs.stopped()))
-        return await accepted
-
-    async def _job(self, job: wire.DecodeJob, parent: Context, accepted: "asyncio.Future[wire.Message]") -> None:
-        """The whole job. Whatever goes wrong is answered: before `accepted` there, after it in the stream."""
-        context = self._context
-        stream = context.batches.open(job.gateway, job.request, job.attempt)
+            reason = "draining" if context.draining else "queue_full"
+            reply.give_soon(wire.Busy(reason=reason, backlog=context.backlog()))
+            return
+        run = _Run(context, job, headers, reply)
+        task = context.jobs.spawn((job.request, job.attempt), run.go(), job.gateway)
         self._running += 1
-        try:
-            with telemetry.tracer().start_as_current_span(telemetry.DECODE_JOB, context=parent) as span:
-                span.set_attributes({"baton.worker": context.id, "baton.attempt": job.attempt})
-                span.set_attribute("gen_ai.usage.input_tokens", len(job.tokens) // wire.TOKEN_BYTES)
-                async with asyncio.timeout(job.timeout_s):
-                    await _Run(context, job, parent, stream, accepted).go()
-        except KvMemory:
-            _answer(accepted, stream, wire.Busy(reason=KvMemory.code, backlog=context.backlog()))
-        except BatonError as error:
-            _answer(accepted, stream, failure(error, context.backlog()))
-        except TimeoutError:
-            _answer(accepted, stream, failure(Timeout(f"the request took longer than {job.timeout_s:g} s")))
-        except asyncio.CancelledError:
-            _answer(accepted, stream, failure(context.jobs.stopped()))
-            raise
-        except Exception:  # the job's boundary: the client gets an end whatever went wrong
-            log.exception("decode job failed")
-            _answer(accepted, stream, failure(Internal("internal error")))
-        finally:
-            self._running -= 1
+        task.add_done_callback(partial(self._ended, reply))
 
-
-def _refuse(accepted: "asyncio.Future[wire.Message]", error: BatonError) -> None:
-    if not accepted.done():
-        accepted.set_result(failure(error))
-
-
-def _answer(accepted: "asyncio.Future[wire.Message]", stream: Stream, message: wire.Message) -> None:
-    if not accepted.done():
-        accepted.set_result(message)
-    elif isinstance(message, wire.Failure):
-        stream.failure(message)
+    def _ended(self, reply: Reply, _: object) -> None:
+        self._running -= 1
+        if not reply.is_given:  # a task that is cancelled before its first step runs nothing of its own
+            reply.give_soon(failure(self._context.jobs.stopped()))
 
 
 class _Run:
     """One job's way through reserve, wait and stream. Its lease is released on every path out."""
 
-    def __init__(
-        self,
-        context: WorkerContext,
-        job: wire.DecodeJob,
-        parent: Context,
-        stream: Stream,
-        accepted: "asyncio.Future[wire.Message]",
-    ) -> None:
+    def __init__(self, context: WorkerContext, job: wire.DecodeJob, headers: Headers, reply: Reply) -> None:
         self._context = context
         self._job = job
-        self._parent = parent
-        self._stream = stream
-        self._accepted = accepted
+        self._parent = telemetry.extract(headers)
+        self._reply = reply
+        self._stream = context.batches.open(job.gateway, job.request, job.attempt)
         self._key = (job.request, job.attempt)
         self._tokens = len(job.tokens) // wire.TOKEN_BYTES
         self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
         self._recomputed = 0
 
     async def go(self) -> None:
+        """The whole job. Whatever goes wrong is answered: before Accepted there, after it in the stream."""
+        context, job = self._context, self._job
+        try:
+            with telemetry.tracer().start_as_current_span(telemetry.DECODE_JOB, context=self._parent) as span:
+                span.set_attributes(
+                    {
+                        "baton.worker": context.id,
+                        "baton.attempt": job.attempt,
+                        "gen_ai.usage.input_tokens": self._tokens,
+                    }
+                )
+                async with asyncio.timeout(job.timeout_s):
+                    await self._serve()
+        except KvMemory:
+            await self._fail(wire.Busy(reason=KvMemory.code, backlog=context.backlog()))
+        except BatonError as error:
+            await self._fail(failure(error, context.backlog()))
+        except TimeoutError:
+            await self._fail(failure(Timeout(f"the request took longer than {job.timeout_s:g} s")))
+        except asyncio.CancelledError:
+            await self._fail(failure(context.jobs.stopped()))
+            raise
+        except Exception:  # the job's boundary: the client gets an end whatever went wrong
+            log.exception("decode job failed")
+            await self._fail(failure(Internal("internal error")))
+
+    async def _fail(self, message: wire.Message) -> None:
+        if not self._reply.is_given:
+            await self._reply.give(message)
+        elif isinstance(message, wire.Failure):
+            self._stream.failure(message)
+
+    async def _serve(self) -> None:
         context = self._context
         try:
             slots = await self._reserve()
@@ -139,7 +131,7 @@ class _Run:
         # Without a store nobody needs to prefill: nothing could be handed over.
         cached = self._tokens if slots is None else self._covered(leading(slots.committed))
         asked = cached < self._tokens and await self._ask_prefill()
-        self._accepted.set_result(
+        await self._reply.give(
             wire.Accepted(
                 request=self._job.request,
                 attempt=self._job.attempt,
@@ -278,13 +270,11 @@ class _Progress:
             if not self._ended or delta.cached_tokens < self.cached_tokens:
                 self.cached_tokens, self.loaded_tokens = delta.cached_tokens, delta.loaded_tokens
             self._ended.add(delta.choice)
-        before = len(self._started)
+        if delta.choice in self._started:
+            return False
         self._started.add(delta.choice)
-        return before < len(self._started) == self._choices
+        return len(self._started) == self._choices
 
 
 def _first_token_span(started_ns: int) -> None:
-    span = telemetry.tracer().start_span(
-        telemetry.DECODE_FIRST_TOKEN, context=trace.set_span_in_context(trace.get_current_span()), start_time=started_ns
-    )
-    span.end()
+    telemetry.tracer().start_span(telemetry.DECODE_FIRST_TOKEN, start_time=started_ns).end()

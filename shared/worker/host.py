@@ -210,11 +210,11 @@ class Worker:
             # Both handlers always run: a role is what is advertised.
             decode = DecodeHandler(context, context.engine.info.max_running + settings.max_waiting)
             prefill = PrefillHandler(context, settings.prefill_jobs + settings.max_waiting)
-            await bus.serve(subjects.decode(cluster, settings.id), decode)
-            await bus.serve(subjects.prefill(cluster, settings.id), prefill)
+            await bus.take(subjects.decode(cluster, settings.id), decode)
+            await bus.take(subjects.prefill(cluster, settings.id), prefill)
             tests = [
-                await bus.serve(subjects.selftest(cluster, "decode", settings.id), decode),
-                await bus.serve(subjects.selftest(cluster, "prefill", settings.id), prefill),
+                await bus.take(subjects.selftest(cluster, "decode", settings.id), decode),
+                await bus.take(subjects.selftest(cluster, "prefill", settings.id), prefill),
             ]
             await bus.serve(subjects.cancel(cluster, settings.id), self._cancel(context))
             await bus.serve(subjects.ping(cluster, settings.id), self._pong)

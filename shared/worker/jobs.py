@@ -3,11 +3,10 @@
 import asyncio
 import collections
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from shared.errors import BatonError, Cancelled
 
-T = TypeVar("T")
 Key = tuple[str, int]  # request, attempt
 
 REMEMBER_S = 60.0
@@ -19,7 +18,7 @@ class Jobs:
     """Every job is a task under its (request, attempt). A cancel stops it, or bars it if it has not come yet."""
 
     def __init__(self) -> None:
-        self._tasks: dict[Key, asyncio.Task[Any]] = {}
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._gateways: dict[Key, str] = {}  # who asked
         self._cancelled: collections.OrderedDict[Key, float] = collections.OrderedDict()
         self._verdict: BatonError | None = None
@@ -27,23 +26,12 @@ class Jobs:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    async def run(self, key: Key, job: Coroutine[Any, Any, T], gateway: str) -> T:
-        """Run to its end here. Raises Cancelled for a Cancel before or during it, else what `drain` stops it with."""
-        task = self.spawn(key, job, gateway)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            raise self.stopped() from None
-
-    def spawn(self, key: Key, job: Coroutine[Any, Any, T], gateway: str) -> "asyncio.Task[T]":
-        """Start a job that goes on by itself. Raises Cancelled when its cancel was here first."""
+    def spawn(self, key: Key, job: Coroutine[Any, Any, None], gateway: str) -> "asyncio.Task[None]":
+        """Start a job, which answers by itself. Raises Cancelled when its cancel was here first."""
         if key in self._cancelled or key in self._tasks:
             job.close()
             raise Cancelled("the request was cancelled" if key in self._cancelled else "this attempt already runs")
-        task = asyncio.create_task(job)
+        task = asyncio.get_running_loop().create_task(job)
         self._tasks[key] = task
         self._gateways[key] = gateway
         task.add_done_callback(lambda _: self._ended(key))

@@ -1,23 +1,28 @@
 """A prefill job: compute a prompt's blocks and leave them committed in the node's store."""
 
 import asyncio
+import logging
 import time
 from contextlib import aclosing
+from functools import partial
 
 from opentelemetry.context import Context
 
 from shared import telemetry, wire
-from shared.errors import KvLost, KvMemory, Timeout
+from shared.bus import Reply, failure
+from shared.errors import BatonError, Internal, KvLost, KvMemory, Timeout
 from shared.kv.blocks import block_keys
+from shared.nats_client import Headers
 from shared.worker.context import WorkerContext
 from shared.worker.engine import EngineRequest, KvPlan
+from shared.worker.jobs import Key
 from shared.worker.leases import held, leading
 from shared.worker.pulling import Pulled
 
+log = logging.getLogger(__name__)
+
 # Prefill needs none of the request's sampling parameters: its token is thrown away, decode samples every one.
 _ONE_TOKEN = wire.Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
-
-
 OFFER_S = 10.0
 
 
@@ -29,32 +34,53 @@ class PrefillHandler:
         self._limit = limit
         self._running = 0
 
-    async def __call__(self, job: wire.AnyMessage, parent: Context) -> wire.Message:
+    def __call__(self, job: wire.AnyMessage, headers: Headers, reply: Reply) -> None:
         context = self._context
         if not isinstance(job, wire.PrefillJob):
             raise TypeError(f"a prefill subject got {type(job).__name__}")
         if context.draining or self._running >= self._limit:
-            return wire.Busy(reason="draining" if context.draining else "queue_full", backlog=context.backlog())
+            reason = "draining" if context.draining else "queue_full"
+            reply.give_soon(wire.Busy(reason=reason, backlog=context.backlog()))
+            return
+        key = (job.request, job.attempt)
+        task = context.jobs.spawn(key, self._run(job, telemetry.extract(headers), reply), job.gateway)
         self._running += 1
-        key, tokens = (job.request, job.attempt), len(job.tokens) // wire.TOKEN_BYTES
-        context.prompts.begin(key, tokens, time.monotonic())
+        context.prompts.begin(key, len(job.tokens) // wire.TOKEN_BYTES, time.monotonic())
+        task.add_done_callback(partial(self._ended, key, reply))
+
+    def _ended(self, key: Key, reply: Reply, _: object) -> None:
+        self._running -= 1
+        self._context.prompts.drop(key)
+        if not reply.is_given:  # a task that is cancelled before its first step runs nothing of its own
+            reply.give_soon(failure(self._context.jobs.stopped()))
+
+    async def _run(self, job: wire.PrefillJob, parent: Context, reply: Reply) -> None:
+        """The whole job. Whatever goes wrong is the answer."""
+        context = self._context
         try:
             with telemetry.tracer().start_as_current_span(telemetry.PREFILL_JOB, context=parent) as span:
-                span.set_attributes({"baton.worker": context.id, "baton.attempt": job.attempt})
-                span.set_attribute("gen_ai.usage.input_tokens", tokens)
-                return await context.jobs.run(key, self._run(job), job.gateway)
+                span.set_attributes(
+                    {
+                        "baton.worker": context.id,
+                        "baton.attempt": job.attempt,
+                        "gen_ai.usage.input_tokens": len(job.tokens) // wire.TOKEN_BYTES,
+                    }
+                )
+                async with asyncio.timeout(job.timeout_s):
+                    answer: wire.Message = await self._compute(job)
         except KvMemory:
-            return wire.Busy(reason=KvMemory.code, backlog=context.backlog())
-        finally:
-            self._running -= 1
-            context.prompts.drop(key)
-
-    async def _run(self, job: wire.PrefillJob) -> wire.Message:
-        try:
-            async with asyncio.timeout(job.timeout_s):
-                return await self._compute(job)
+            answer = wire.Busy(reason=KvMemory.code, backlog=context.backlog())
+        except BatonError as error:
+            answer = failure(error)
         except TimeoutError:
-            raise Timeout(f"prefill took longer than {job.timeout_s:g} s") from None
+            answer = failure(Timeout(f"prefill took longer than {job.timeout_s:g} s"))
+        except asyncio.CancelledError:
+            await reply.give(failure(context.jobs.stopped()))
+            raise
+        except Exception:  # the job's boundary: the asker gets an answer whatever went wrong
+            log.exception("prefill job failed")
+            answer = failure(Internal("internal error"))
+        await reply.give(answer)
 
     async def _compute(self, job: wire.PrefillJob) -> wire.Message:
         context = self._context
