@@ -7,6 +7,7 @@ processes are never compared.
 
 import sys
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -446,7 +447,7 @@ def prefill_job(job: DecodeJob, *, lease: str, node: str) -> PrefillJob:
     )
 
 
-def pack_tokens(ids: list[int]) -> bytes:
+def pack_tokens(ids: Sequence[int]) -> bytes:
     """Token ids as packed little-endian uint32."""
     if len(ids) == 1:  # of most deltas
         return ids[0].to_bytes(TOKEN_BYTES, "little")

@@ -58,7 +58,6 @@ async def test_it_answers_as_the_oracle(has_kv: bool) -> None:
     for prompt, deltas in zip(prompts, found, strict=True):
         assert [token for delta in deltas for token in delta.tokens] == oracle.expected_tokens(prompt, 40, seed=3)
         assert "".join(delta.text for delta in deltas) == oracle.expected_text(prompt, 40, seed=3)
-        assert len(deltas) == 40, "one delta a step"
 
 
 async def test_large_steps_are_worked_on_in_a_thread() -> None:
@@ -112,7 +111,8 @@ async def test_steps_take_the_profiles_time_and_signs_of_life_go_on() -> None:
     async with running(speed=20.0) as engine:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        await collect(engine, [1] * 100, max_tokens=21)
+        deltas = await collect(engine, [1] * 100, max_tokens=21)
+        assert [len(delta.tokens) for delta in deltas] == [1] * 21, "one delta a step"
         # About 50 ms of prefill and 20 steps of 30 ms at a twentieth.
         profile = engine._shape.profile
         least_s = (profile.step_s([(100, 0)]) + 20 * profile.step_s([], (1, 100))) / 20

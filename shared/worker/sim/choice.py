@@ -51,6 +51,7 @@ class Stream:
 class Choice(Sequence):
     __slots__ = (
         "excess",
+        "fresh",
         "history",
         "index",
         "lease",
@@ -61,6 +62,7 @@ class Choice(Sequence):
         "sampler",
         "stops",
         "stream",
+        "texts",
     )
 
     def __init__(
@@ -79,6 +81,8 @@ class Choice(Sequence):
         self.replay: list[int] = []  # into the table
         self.stops = Stops(sampling) if sampling.stop or sampling.stop_token_ids else None
         self.excess = 0  # of the prompt's pages, see pages.py
+        self.fresh: list[int] = []  # tokens that no delta has yet,
+        self.texts: list[str] = []  # and what they read as
 
     def prepare(self, contents: Contents, table: TokenTable, request: EngineRequest) -> None:
         """Raises InvalidRequest for a replay that is no output of this engine."""
@@ -87,8 +91,8 @@ class Choice(Sequence):
             self.replay = [table.index(token) for token in wire.unpack_tokens(request.replay[self.index])]
         self.history = History(contents, self.reading, self.tokens)
 
-    def sample(self, table: TokenTable) -> EngineDelta:
-        """One more token, as a delta without an account."""
+    def sample(self, table: TokenTable) -> wire.Finish | None:
+        """One more token, and how the choice ends with it."""
         produced = self.produced
         if produced < len(self.replay):
             index = self.replay[produced]
@@ -103,8 +107,28 @@ class Choice(Sequence):
         elif produced >= self.limit:
             finish = wire.Finish(reason="length")
         self.tokens.append(token)
-        self.history.push(token, table.hashes[index])
-        return EngineDelta(choice=self.index, text=text, tokens=[token], finish=finish)
+        self.fresh.append(token)
+        self.texts.append(text)
+        if finish is None:
+            self.history.push(token, table.hashes[index])
+        return finish
+
+    def take(self, finish: wire.Finish | None = None, account: dict[str, int] | None = None) -> EngineDelta:
+        """What was sampled since the last delta; with `finish` it is the last one, and has the planner's account."""
+        account = account or {}
+        is_first = self.produced == len(self.fresh)
+        tokens, self.fresh, texts, self.texts = self.fresh, [], self.texts, []
+        return EngineDelta(
+            choice=self.index,
+            text=texts[0] if len(texts) == 1 else "".join(texts),
+            tokens=tokens,
+            finish=finish,
+            cached_tokens=self.cached if is_first or finish is not None else 0,
+            loaded_tokens=account.get("loaded_tokens", 0),
+            computed_tokens=account.get("computed_tokens"),
+            recomputed_tokens=account.get("recomputed_tokens", 0),
+            unkept_tokens=account.get("unkept_tokens", 0),
+        )
 
 
 def refuse(request: EngineRequest, max_model_len: int, vocabulary: int) -> None:

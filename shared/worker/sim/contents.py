@@ -21,6 +21,8 @@ SPREAD = 0x9E3779B97F4A7C15
 STIR = 0xBF58476D1CE4E5B9
 SETTLE = 0x94D049BB133111EB
 
+_SPREAD, _SETTLE, _HALF, _LESS = np.uint64(SPREAD), np.uint64(SETTLE), np.uint64(32), np.uint64(29)
+
 Words = npt.NDArray[np.uint64]
 
 
@@ -49,6 +51,7 @@ class Contents:
         self.block_size = block_size
         self.first_seed: int = xxhash.xxh3_64_intdigest(fingerprint.encode())
         self._places = odd_words(block_size, "baton-sim-place")
+        self._stirred_places = self._places * np.uint64(STIR)
         self.places: list[int] = self._places.tolist()
 
     def next_seed(self, seed: int, block: bytes) -> int:
@@ -59,7 +62,7 @@ class Contents:
     def read(self, tokens: Sequence[int]) -> "Reading":
         """A prompt, or anything else whose tokens are known."""
         size = self.block_size
-        packed = wire.pack_tokens(list(tokens))
+        packed = wire.pack_tokens(tokens)
         seeds, width = [self.first_seed], 4 * size
         for end in range(width, len(packed) + 1, width):
             seeds.append(xxhash.xxh3_64_intdigest(packed[end - width : end], seed=seeds[-1]))
@@ -67,15 +70,14 @@ class Contents:
         mixed = np.zeros((blocks, size), dtype=np.uint64)
         flat = mixed.reshape(-1)
         flat[: len(tokens)] = np.frombuffer(packed, dtype="<u4")
-        mixed *= np.uint64(SPREAD)
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(STIR)
-        mixed *= self._places
-        np.cumsum(mixed, axis=1, out=mixed)
+        mixed *= _SPREAD
+        mixed ^= mixed >> _HALF
+        mixed *= self._stirred_places
+        np.add.accumulate(mixed, axis=1, out=mixed)
         mixed += np.array(seeds[:blocks], dtype=np.uint64)[:, None]
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(SETTLE)
-        mixed ^= mixed >> np.uint64(29)
+        mixed ^= mixed >> _HALF
+        mixed *= _SETTLE
+        mixed ^= mixed >> _LESS
         return Reading(flat[: len(tokens)], seeds)
 
 

@@ -2,7 +2,8 @@
 
 What is true: batching, chunks, blocks, preemption and prefix hits; the KV bytes, their way through the store, and that
 every token depends on them. What is modelled: how long a step takes. `speed` divides that; at infinity nobody sleeps.
-Invariants: a step's tokens go out when the step ends, at most one a choice; deltas go out when what their request had
+Invariants: a step's tokens go out when the step ends, at most one a choice (at infinite speed some steps later, in one
+delta); deltas go out when what their request had
 to save is in the store, and what it loaded within a step was counted there; ended copies are taken in between steps
 only.
 """
@@ -99,6 +100,7 @@ class SimEngine:
         self._liveness = Liveness(time.monotonic())
         self._wake = asyncio.Event()
         self._due_s = 0.0  # when the last step was to end
+        self._sampled: list[Choice] = []  # their latest tokens are in no delta yet
         self._turn_s = 0.0  # when the loop's other tasks are due, at infinite speed
         self._ended_s: float | None = None  # when the last step ended; None after a pause
         self._loop: asyncio.Task[None] | None = None
@@ -215,6 +217,7 @@ class SimEngine:
                 self._start_copies(step)
                 if step.is_empty and not step.preempted and not self._copied:
                     self._ended_s = None
+                    self._give_sampled()
                     self._wake.clear()
                     await self._wake.wait()
                 elif not step.is_empty:
@@ -237,6 +240,7 @@ class SimEngine:
         self._end(step, ended_s)
         if self._speed == math.inf and (step.chunks or ended_s > self._turn_s):
             # A first token is on its way to its client before more are made.
+            self._give_sampled()
             for _ in range(TURNS if step.chunks else 1):
                 await asyncio.sleep(0)
             self._turn_s = time.monotonic() + TURN_S
@@ -290,22 +294,21 @@ class SimEngine:
                 self._give(choice, table)
 
     def _give(self, choice: Any, table: TokenTable) -> None:
-        delta: EngineDelta = choice.sample(table)
-        if delta.finish is None:
-            first = choice.produced == 1
-            self._push(choice, msgspec.structs.replace(delta, cached_tokens=choice.cached) if first else delta)
-            return
-        self._keep(choice)
-        account = self._scheduler.end(choice)
-        last = msgspec.structs.replace(
-            delta,
-            cached_tokens=choice.cached,
-            loaded_tokens=account.get("loaded_tokens", 0),
-            computed_tokens=account.get("computed_tokens"),
-            recomputed_tokens=account.get("recomputed_tokens", 0),
-            unkept_tokens=account.get("unkept_tokens", 0),
-        )
-        self._push(choice, last)
+        finish = choice.sample(table)
+        if finish is not None:
+            self._keep(choice)
+            self._push(choice, choice.take(finish, self._scheduler.end(choice)))
+        elif self._speed != math.inf or choice.produced == 1:
+            self._push(choice, choice.take())
+        elif len(choice.fresh) == 1:
+            self._sampled.append(choice)
+
+    def _give_sampled(self) -> None:
+        """Before the loop's other tasks have their turn: what several steps have made of a choice is one delta."""
+        sampled, self._sampled = self._sampled, []
+        for choice in sampled:
+            if choice.fresh:
+                self._push(choice, choice.take())
 
     def _push(self, choice: Choice, delta: EngineDelta) -> None:
         if choice.lease in self._telling:
