@@ -113,6 +113,22 @@ class Choice(Sequence):
             self.history.push(token, table.hashes[index])
         return finish
 
+    @property
+    def plain_tokens(self) -> int:
+        """How many come that neither end it nor are given."""
+        if self.stops is not None or self.produced < len(self.replay):
+            return 0
+        return self.limit - 1 - self.produced
+
+    def sample_more(self, table: TokenTable, count: int) -> None:
+        """As so many calls of `sample`, of plain tokens, in one."""
+        indices = self.history.go_on(table.hashes, table.ids, self.sampler.key, self.excess, count)
+        tokens = [table.ids[index] for index in indices]
+        self.produced += count
+        self.tokens += tokens
+        self.fresh += tokens
+        self.texts += [table.texts[index] for index in indices]
+
     def take(self, finish: wire.Finish | None = None, account: dict[str, int] | None = None) -> EngineDelta:
         """What was sampled since the last delta; with `finish` it is the last one, and has the planner's account."""
         account = account or {}

@@ -123,3 +123,23 @@ class History:
             self._seed = contents.next_seed(self._seed, wire.pack_tokens(self._tail))
             self._tail = []
             self._at = self._sum = 0
+
+    def go_on(self, hashes: list[int], ids: list[int], key: int, excess: int, count: int) -> list[int]:
+        """What Sampler.next and `push` do in turns, in one loop: half the time. Returns indices into the table."""
+        contents, size = self._contents, len(ids)
+        places, block_size = contents.places, contents.block_size
+        seed, total, tail, state, found = self._seed, self._sum, self._tail, self.state, []
+        for _ in range(count):
+            mixed = (state ^ key) + excess & MASK
+            mixed = (mixed ^ mixed >> 31) * SETTLE & MASK
+            index = (mixed >> 32) * size >> 32
+            found.append(index)
+            total = total + hashes[index] * places[len(tail)] & MASK
+            mixed = seed + total & MASK
+            mixed = (mixed ^ mixed >> 32) * SETTLE & MASK
+            state = mixed ^ mixed >> 29
+            tail.append(ids[index])
+            if len(tail) == block_size:
+                seed, total, tail = contents.next_seed(seed, wire.pack_tokens(tail)), 0, []
+        self._seed, self._sum, self._tail, self._at, self.state = seed, total, tail, len(tail), state
+        return found

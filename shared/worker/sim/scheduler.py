@@ -130,6 +130,19 @@ class Scheduler:
             self._pool.begin_copy(page.block_id for page in save.pages)
         return step
 
+    def repeats(self, step: Step) -> int:
+        """How many next steps are of the very same decodes; 0: `schedule` has something to see to first."""
+        running, size = self.running, self._size
+        if step.chunks or self._waiting or self._loaded or not running or len(running) != len(step.decodes):
+            return 0
+        return min([1 + len(sequence.blocks) * size - len(sequence.tokens) for sequence in running])
+
+    def repeated(self, sequence: Sequence) -> None:
+        """Such steps have computed all of its tokens but the last one."""
+        sequence.computed = end = len(sequence.tokens) - 1
+        if end // self._size > sequence.named:
+            self._name_blocks(sequence)
+
     def end(self, sequence: Sequence) -> dict[str, int]:
         """Finished or given up, in whatever state. Returns the planner's account of it; empty if it had no plan."""
         sequence.has_ended = True

@@ -70,16 +70,16 @@ def _text_alone(tokenizer: Tokenizer, token: int) -> str:
 class Sampler:
     """Of one choice: what `next` gives depends on its arguments and these alone."""
 
-    __slots__ = ("_key", "_never", "_table")
+    __slots__ = ("_never", "_table", "key")
 
     def __init__(self, table: TokenTable, sampling: wire.Sampling, choice: int) -> None:
         self._table = table
-        self._key = ((sampling.seed or 0) * SPREAD + choice * STIR) & MASK
+        self.key = ((sampling.seed or 0) * SPREAD + choice * STIR) & MASK
         self._never = frozenset(sampling.stop_token_ids)
 
     def next(self, state: int, excess: int, *, may_stop: bool = True) -> int:
         """An index into the table. Without `may_stop`, below `min_tokens`, never a stop token if there is another."""
-        mixed = (state ^ self._key) + excess & MASK
+        mixed = (state ^ self.key) + excess & MASK
         mixed = (mixed ^ mixed >> 31) * SETTLE & MASK
         size = self._table.size
         index = (mixed >> 32) * size >> 32
