@@ -98,6 +98,11 @@ def flush_logs() -> None:
         _writer.close()
 
 
+def dropped_logs() -> int:
+    """Lines that nobody took, since the start."""
+    return 0 if _writer is None else _writer.dropped
+
+
 def log_fields(log: logging.Logger, message: str, fields: Mapping[str, object]) -> None:
     """A line of named values: members of the JSON object, or key=value. Looks up no caller, so it is cheap."""
     if log.isEnabledFor(logging.INFO):

@@ -56,7 +56,7 @@ class Keyed:
 
 
 def parts(running: Running) -> Parts:
-    found = running.gateway.access.parts
+    found = running.deps.access.parts
     assert found is not None
     return found
 
@@ -72,4 +72,4 @@ async def until_beats(*gateways: Running) -> None:
     """Wait until each gateway knows how many there are."""
     async with asyncio.timeout(WAIT_S):
         while any(parts(one).gateways.count() != len(gateways) for one in gateways):
-            await gateways[0].gateway.fleet_change()  # workers beat more often than gateways do
+            await gateways[0].deps.fleet.change()  # workers beat more often than gateways do

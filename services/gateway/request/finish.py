@@ -140,9 +140,13 @@ def _finish_spans(
         root.set_attributes(genai.error(error.code))
         root.set_status(trace.StatusCode.ERROR, error.code)
     offset_ns, recorder = time.time_ns() - time.monotonic_ns(), telemetry.recorder()
-    for at, one in enumerate(prompts):
-        for (stage, began), (_, ended) in zip(one.stages, [*one.stages[1:], (None, time.monotonic())], strict=True):
-            if stage in SPANS and (stage is not Stage.ADMISSION or at == 0):
+    now = time.monotonic()
+    # Of several prompts each waits in line, and they are admitted together: until their own stages begin.
+    admitted_at = ctx.prompts[0].stages[1][1] if ctx.prompts and len(ctx.prompts[0].stages) > 1 else now
+    for one in (ctx, *ctx.prompts):
+        ends = [at for _, at in one.stages[1:]] + [admitted_at if one is ctx else now]
+        for (stage, began), ended in zip(one.stages, ends, strict=True):
+            if stage in SPANS and (stage is Stage.QUEUED or one is ctx):
                 recorder.add(SPANS[stage], root, int(began * 1e9) + offset_ns, int(ended * 1e9) + offset_ns)
     root.end()
 

@@ -244,7 +244,7 @@ class SimEngine:
                 await self._give_way(TURNS if step.chunks else 1)
 
     def _repeat(self, step: Step) -> None:
-        """At infinite speed: the same decodes again, until one is about to end, others wait, or the loop has its turn."""
+        """At infinite speed: the same decodes again, until one is about to end, others wait, or the loop has a turn."""
         choices: Any = step.decodes
         began_s, total = self._ended_s, 0
         while time.monotonic() < self._turn_s and (count := min(self._scheduler.repeats(step), REPEATS)) > 0:
