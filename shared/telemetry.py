@@ -1,7 +1,7 @@
 """Traces and logs, set up the same way in every service.
 
 Span names are design section 9's. Spans are made by shared/spans.py, and go to the gateway whose request they belong to
-(shared/span_sender.py), which keeps them and passes them on to OTLP (services/gateway/traces/).
+(shared/span_sender.py), which keeps them and passes them on to OTLP (services/gateway/observe/traces/).
 Never put prompts, completions, keys or raw headers in a span or log line.
 """
 

@@ -26,9 +26,9 @@ from services.gateway.gateway import Gateway, not_ready
 from services.gateway.http import shared_port
 from services.gateway.http.server import bound_sends, make_server
 from services.gateway.http.tokenizer import ChatTokenizer
-from services.gateway.metrics import Metrics
+from services.gateway.observe.metrics import Metrics
+from services.gateway.observe.traces.export import OtlpExport, from_environment
 from services.gateway.request.context import Deps
-from services.gateway.traces.export import OtlpExport, from_environment
 from shared import settings as configuration
 from shared import telemetry
 from shared.access.connection import open_redis

@@ -14,19 +14,19 @@ from redis.asyncio import Redis
 
 from services.gateway.access.access import Access
 from services.gateway.background import BackgroundTasks
-from services.gateway.cluster_metrics import ClusterMetrics
-from services.gateway.costs import Costs
-from services.gateway.dashboard.feed import Feed
-from services.gateway.metrics import Metrics
-from services.gateway.replicas import Line, Replicas
+from services.gateway.observe.cluster_metrics import ClusterMetrics
+from services.gateway.observe.costs import Costs
+from services.gateway.observe.dashboard.feed import Feed
+from services.gateway.observe.metrics import Metrics
+from services.gateway.observe.replicas import Line, Replicas
+from services.gateway.observe.traces.export import OtlpExport
+from services.gateway.observe.traces.traces import Traces
 from services.gateway.request import answer, attempt, tokens
 from services.gateway.request.context import Deps, Running, Streams, abort
 from services.gateway.scheduling.fleet import BEAT_S, PING_S, Fleet
 from services.gateway.scheduling.members import Members
 from services.gateway.scheduling.prefixes import Prefixes
 from services.gateway.scheduling.queue import Queue
-from services.gateway.traces.export import OtlpExport
-from services.gateway.traces.traces import Traces
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BatonError, Draining, RequestTimeout, Timeout, WorkerLost

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from services.gateway.dashboard.feed import MAX_VIEWERS
+from services.gateway.observe.dashboard.feed import MAX_VIEWERS
 from shared import wire
 from shared.settings import Target, Targets
 from tests.support.fake_workers import announce_loss

@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from services.gateway.metrics import Metrics
+from services.gateway.observe.metrics import Metrics
 from services.gateway.request.context import RequestContext
 from shared import telemetry
 from shared.settings import GatewaySettings

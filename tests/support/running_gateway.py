@@ -13,7 +13,7 @@ from services.gateway.background import BackgroundTasks
 from services.gateway.gateway import Gateway
 from services.gateway.http.server import bound_sends, make_server
 from services.gateway.http.tokenizer import ChatTokenizer
-from services.gateway.metrics import Metrics
+from services.gateway.observe.metrics import Metrics
 from services.gateway.request.context import Deps
 from shared.access.connection import open_redis
 from shared.bus import Bus

@@ -2,7 +2,7 @@
 
 from opentelemetry.sdk.trace import ReadableSpan
 
-from services.gateway.traces.export import readable
+from services.gateway.observe.traces.export import readable
 from shared import telemetry
 from shared.spans import Span, record
 

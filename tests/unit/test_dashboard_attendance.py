@@ -1,7 +1,7 @@
 """Who is on the page: alive, silent, lost, stopped, back; and for how long."""
 
-from services.gateway.dashboard import attendance as page
-from services.gateway.dashboard.attendance import KEEP_S, MAX_GONE, MAX_SERVICES, Attendance
+from services.gateway.observe.dashboard import attendance as page
+from services.gateway.observe.dashboard.attendance import KEEP_S, MAX_GONE, MAX_SERVICES, Attendance
 from shared import wire
 
 MODEL = "m"

@@ -5,7 +5,7 @@ from importlib import resources
 
 import pytest
 
-CSS = resources.files("services.gateway.dashboard").joinpath("assets/page.css").read_text()
+CSS = resources.files("services.gateway.observe.dashboard").joinpath("assets/page.css").read_text()
 TEXT, MARK = 4.5, 3.0
 PAIRS = [
     (front, back, TEXT) for front in ("ink", "quiet", "accent", "good", "warn", "bad") for back in ("panel", "ground")

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
 from services.gateway.answer.render import Usage
-from services.gateway.dashboard import counts
-from services.gateway.dashboard.figures import MAX_SOURCES, QUARTER_S, SLOT_S, Figures, Ring
-from services.gateway.metrics import LATER_TENANTS, NAMED_TENANTS, Metrics
+from services.gateway.observe.dashboard import counts
+from services.gateway.observe.dashboard.figures import MAX_SOURCES, QUARTER_S, SLOT_S, Figures, Ring
+from services.gateway.observe.metrics import LATER_TENANTS, NAMED_TENANTS, Metrics
 from shared.errors import Cancelled, InvalidRequest, QueueFull, WorkerLost
 
 BOUNDS = ["0.1", "0.2", "0.5", "+Inf"]

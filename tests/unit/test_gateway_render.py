@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from services.gateway import metrics
 from services.gateway.answer import errors
 from services.gateway.answer.render import Collector, EventWriter, Form, PromptShown, Row, Usage, error_event
+from services.gateway.observe import metrics
 from services.gateway.request.answer import receipt_comment
 from services.gateway.request.receipt import Receipt
 from shared import wire

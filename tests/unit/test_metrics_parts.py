@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.gateway.costs import Costs
-from services.gateway.replicas import MEMORY_S, Line, Replicas
+from services.gateway.observe.costs import Costs
+from services.gateway.observe.replicas import MEMORY_S, Line, Replicas
 from services.gateway.scheduling.members import QUIET_S, Members
 from services.gateway.scheduling.predict import Worker
 from shared import wire

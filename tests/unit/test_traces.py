@@ -7,12 +7,12 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from services.gateway.traces import book as books
-from services.gateway.traces import export as exports
-from services.gateway.traces import view
-from services.gateway.traces.book import TraceBook
-from services.gateway.traces.export import OtlpExport, from_environment
-from services.gateway.traces.sampling import Bucket, Ending, Sampler
+from services.gateway.observe.traces import book as books
+from services.gateway.observe.traces import export as exports
+from services.gateway.observe.traces import view
+from services.gateway.observe.traces.book import TraceBook
+from services.gateway.observe.traces.export import OtlpExport, from_environment
+from services.gateway.observe.traces.sampling import Bucket, Ending, Sampler
 from shared import spans, telemetry, wire
 from shared.errors import Internal, SettingsError
 

@@ -16,14 +16,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.access.client import Client, unknown_model
 from services.gateway.answer import errors
-from services.gateway.dashboard import routes as dashboard
 from services.gateway.gateway import Gateway, not_ready
 from services.gateway.http import document
 from services.gateway.http.entry import handle
 from services.gateway.http.gate import CLIENT, gated
 from services.gateway.http.requests import Body, ChatBody, CompletionBody
 from services.gateway.http.tokenizer import ChatTokenizer
-from services.gateway.traces.routes import add_routes
+from services.gateway.observe.dashboard import routes as dashboard
+from services.gateway.observe.traces.routes import add_routes
 from shared.errors import BatonError, InvalidRequest, RequestError
 from shared.version import VERSION
 

@@ -19,13 +19,13 @@ from services.gateway.answer.connection import Connection
 from services.gateway.answer.errors import Headers
 from services.gateway.answer.render import Collector, EventWriter, Form, Usage
 from services.gateway.background import BackgroundTasks
-from services.gateway.metrics import Metrics
+from services.gateway.observe.metrics import Metrics
+from services.gateway.observe.traces.traces import Traces
 from services.gateway.request.resume import Sent, Work
 from services.gateway.scheduling.fleet import Fleet
 from services.gateway.scheduling.members import Members
 from services.gateway.scheduling.prefixes import Prefixes
 from services.gateway.scheduling.queue import Queue, Waiting
-from services.gateway.traces.traces import Traces
 from shared import wire
 from shared.bus import Bus
 from shared.errors import BatonError

@@ -9,13 +9,13 @@ import time
 import msgspec
 from opentelemetry import trace
 
-from services.gateway import genai
 from services.gateway.answer.render import DONE, Collector, EventWriter, Usage
-from services.gateway.metrics import outcome
+from services.gateway.observe import genai
+from services.gateway.observe.metrics import outcome
+from services.gateway.observe.traces.sampling import Ending
 from services.gateway.request import answer
 from services.gateway.request.context import Deps, RequestContext, Stage
 from services.gateway.request.receipt import Receipt, queued_s, receipt
-from services.gateway.traces.sampling import Ending
 from shared import spans, telemetry, wire
 from shared.errors import BatonError, Cancelled, Refused
 from shared.telemetry import log_fields

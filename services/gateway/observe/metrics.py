@@ -6,8 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from services.gateway import genai
 from services.gateway.answer.render import Usage
+from services.gateway.observe import genai
 from shared.errors import BatonError, Cancelled, Refused, RequestError
 from shared.histogram import LoopHistogram
 from shared.process_metrics import watch_process

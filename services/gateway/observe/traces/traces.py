@@ -14,9 +14,9 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from services.gateway.traces.book import MAX_ALL_SPANS, MAX_TRACES, TraceBook, ranked
-from services.gateway.traces.export import OtlpExport
-from services.gateway.traces.sampling import Ending, Sampler
+from services.gateway.observe.traces.book import MAX_ALL_SPANS, MAX_TRACES, TraceBook, ranked
+from services.gateway.observe.traces.export import OtlpExport
+from services.gateway.observe.traces.sampling import Ending, Sampler
 from shared import spans, subjects, telemetry, wire
 from shared.bus import Bus
 from shared.errors import BatonError, Internal

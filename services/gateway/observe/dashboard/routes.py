@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.access.access import Access
-from services.gateway.dashboard.feed import Feed
+from services.gateway.observe.dashboard.feed import Feed
 from shared.errors import BatonError
 
 PAGE = "/dashboard"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from services.gateway.dashboard import counts
-from services.gateway.dashboard.counts import Counts, Given
+from services.gateway.observe.dashboard import counts
+from services.gateway.observe.dashboard.counts import Counts, Given
 
 FINE_S = 1.0
 MINUTE_S = 60.0

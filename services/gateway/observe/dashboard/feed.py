@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 from prometheus_client import Gauge
 
-from services.gateway.dashboard import counts
-from services.gateway.dashboard.attendance import Attendance
-from services.gateway.dashboard.figures import Figures
-from services.gateway.metrics import Metrics
+from services.gateway.observe.dashboard import counts
+from services.gateway.observe.dashboard.attendance import Attendance
+from services.gateway.observe.dashboard.figures import Figures
+from services.gateway.observe.metrics import Metrics
 from services.gateway.scheduling.fleet import Fleet
 from shared import subjects, wire
 from shared.bus import Bus

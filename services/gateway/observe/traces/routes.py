@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import msgspec
 from fastapi import FastAPI, Query, Response
 
-from services.gateway.traces import view
-from services.gateway.traces.traces import MOST, Traces
+from services.gateway.observe.traces import view
+from services.gateway.observe.traces.traces import MOST, Traces
 from shared.errors import TraceNotFound
 
 PRIVATE = {"cache-control": "no-store"}

@@ -7,7 +7,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 
-from services.gateway.metrics import WITHIN_TARGET, Metrics
+from services.gateway.observe.metrics import WITHIN_TARGET, Metrics
 
 Counts = dict[str, dict[str, float]]
 Given = Mapping[str, Mapping[str, float]]
