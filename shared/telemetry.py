@@ -119,6 +119,13 @@ def _trace_id() -> str:
 class _HumanLines(logging.Formatter):
     def __init__(self, instance: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)-7s {instance} %(message)s%(trace)s", datefmt="%H:%M:%S")
+        self._second, self._time = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        """Once a second."""
+        if (second := int(record.created)) != self._second:
+            self._second, self._time = second, super().formatTime(record, datefmt)
+        return self._time
 
     def format(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, object] = getattr(record, "fields", {})
@@ -130,7 +137,7 @@ class _HumanLines(logging.Formatter):
 
 def _word(value: object) -> str:
     """Of a human line."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return ",".join(f"{key}:{one}" for key, one in value.items())
     return str(value)
 

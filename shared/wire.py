@@ -307,9 +307,7 @@ class Traffic(Message, frozen=True):
     gateway: str
     incarnation: str
     up_s: float = 0.0  # since its start
-    counts: dict[
-        str, dict[str, float]
-    ] = {}  # family -> label -> count (a gateway's dashboard/counts.py)
+    counts: dict[str, dict[str, float]] = {}  # family -> label -> count (a gateway's dashboard/counts.py)
 
 
 # ---- traces and metrics -------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from services.gateway.answer import errors
+from services.gateway.answer.receipt import Receipt
 from services.gateway.answer.render import Collector, EventWriter, Form, PromptShown, Row, Usage, error_event
 from services.gateway.observe import metrics
-from services.gateway.request.answer import receipt_comment
-from services.gateway.request.receipt import Receipt
 from shared import wire
 from shared.errors import (
     BatonError,
@@ -163,7 +162,7 @@ def test_error_event():
 def test_receipt_is_compact():
     receipt = Receipt(path="whole", reason="r", decode="d")
     assert (
-        receipt_comment(receipt)
+        receipt.comment()
         == b': baton-receipt {"path":"whole","reason":"r","prefill":null,"decode":"d","cached_tokens":0,"predicted_ttft_ms":null,"actual_ttft_ms":null,"retries":0,"stages_ms":null}\n\n'
     )
 

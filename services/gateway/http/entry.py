@@ -7,8 +7,8 @@ figures (request/finish.py); a client that leaves is noticed from the first byte
 import asyncio
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from typing import Any
@@ -71,7 +71,7 @@ async def handle(deps: Deps, tokenizer: ChatTokenizer, kind: type[Body], scope: 
 
 
 def begin(deps: Deps, kind: type[Body], scope: Message) -> RequestContext:
-    id_, now = uuid.uuid4().hex, time.monotonic()
+    id_, now = secrets.token_hex(16), time.monotonic()
     ctx = RequestContext(
         id=id_,
         request_id=id_,

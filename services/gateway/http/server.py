@@ -36,6 +36,7 @@ def make_server(gateway: Gateway, tokenizer: ChatTokenizer) -> uvicorn.Server:
         access_log=False,
         lifespan="off",
         server_header=False,
+        proxy_headers=False,  # nothing here goes by what a proxy says of its client (gate.py)
         timeout_graceful_shutdown=1,
         ssl_certfile=settings.https_cert or None,
         ssl_keyfile=settings.https_key or None,

@@ -5,9 +5,10 @@ import time
 import msgspec
 
 from services.gateway.answer import errors
+from services.gateway.answer.receipt import HEADER, Receipt
 from services.gateway.answer.render import WAITING, error_event
 from services.gateway.request.context import RequestContext
-from services.gateway.request.receipt import HEADER, Receipt, receipt
+from services.gateway.request.receipt import receipt
 from shared.errors import BatonError
 
 EVENTS: errors.Headers = [
@@ -64,11 +65,6 @@ def tell_error(ctx: RequestContext, error: BatonError, shown: Receipt) -> None:
     else:
         status, headers, body = errors.render(error)
         whole(ctx, status, headers, body, shown)
-
-
-def receipt_comment(shown: Receipt) -> bytes:
-    """For a stream, before its end."""
-    return b": baton-receipt " + msgspec.json.encode(shown) + b"\n\n"
 
 
 def _headers(ctx: RequestContext, shown: Receipt) -> errors.Headers:

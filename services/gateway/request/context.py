@@ -17,6 +17,7 @@ from services.gateway.access.access import Access, Bill
 from services.gateway.access.client import ANONYMOUS, Client
 from services.gateway.answer.connection import Connection
 from services.gateway.answer.errors import Headers
+from services.gateway.answer.receipt import Receipt
 from services.gateway.answer.render import Collector, EventWriter, Form, Usage
 from services.gateway.background import BackgroundTasks
 from services.gateway.observe.metrics import Metrics
@@ -120,6 +121,7 @@ class RequestContext(msgspec.Struct, eq=False, kw_only=True, weakref=True):
 
     # request/finish.py
     total: Usage | None = None  # of one that went well
+    shown: Receipt | None = None  # as its answer ended with
     cached_tokens: int = 0
 
     @property

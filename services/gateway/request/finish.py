@@ -9,13 +9,14 @@ import time
 import msgspec
 from opentelemetry import trace
 
+from services.gateway.answer.receipt import Receipt
 from services.gateway.answer.render import DONE, Collector, EventWriter, Usage
 from services.gateway.observe import genai
 from services.gateway.observe.metrics import outcome
 from services.gateway.observe.traces.sampling import Ending
 from services.gateway.request import answer
 from services.gateway.request.context import Deps, RequestContext, Stage
-from services.gateway.request.receipt import Receipt, queued_s, receipt
+from services.gateway.request.receipt import queued_s, receipt
 from shared import spans, telemetry, wire
 from shared.errors import BatonError, Cancelled, Refused
 from shared.telemetry import log_fields
@@ -59,10 +60,10 @@ def end(ctx: RequestContext, deps: Deps, usages: list[Usage]) -> None:
     each = total.completion / max(1, choices)
     if first_token_at - ctx.began <= target.ttft_s and decoding_s <= target.itl_s * max(1.0, each - 1):
         deps.metrics.within_target(ctx.tier)
-    shown = receipt(ctx)
+    shown = ctx.shown = receipt(ctx)
     _leave(ctx, deps)
     if isinstance(ctx.writer, EventWriter):
-        answer.end_stream(ctx, ctx.writer.usage(total) + answer.receipt_comment(shown) + DONE)
+        answer.end_stream(ctx, ctx.writer.usage(total) + shown.comment() + DONE)
     elif isinstance(ctx.writer, Collector):
         answer.whole(ctx, 200, [], ctx.writer.body(total), shown)
 
@@ -71,7 +72,7 @@ def close(ctx: RequestContext, deps: Deps, error: BatonError | None) -> None:
     """On every way out: give back what it holds; tell the client of an error; tell all others what has happened."""
     _leave(ctx, deps)
     now = time.monotonic()
-    shown = receipt(ctx)
+    shown = ctx.shown or receipt(ctx)
     prompts = ctx.prompts or [ctx]
     if ctx.bill is not None:
         began, generated = any(one.attempt >= 0 for one in prompts), sum(one.generated for one in prompts)
@@ -87,13 +88,10 @@ def close(ctx: RequestContext, deps: Deps, error: BatonError | None) -> None:
             answer.tell_error(ctx, error, shown)
     duration_s = now - ctx.began
     deps.metrics.ended(error, ctx.tier, duration_s)
-    span = ctx.span
-    if span is not None:
-        _finish_spans(ctx, span, prompts, error)
     if deps.settings.request_log == "on":
         _log(ctx, deps, shown, error, duration_s)
-    if span is not None:
-        _keep_trace(ctx, deps, span, shown, error=error, duration_s=duration_s)
+    if ctx.span is not None:
+        _trace(ctx, deps, ctx.span, shown, error=error, duration_s=duration_s)
     # Each of these holds the other, and the prompt, until the collector comes.
     for one in ctx.prompts:
         one.under = None
@@ -180,7 +178,7 @@ def _prompt_tokens(prompts: list[RequestContext]) -> int:
     return sum(len(one.original.tokens) for one in prompts if one.original is not None)
 
 
-def _keep_trace(
+def _trace(
     ctx: RequestContext,
     deps: Deps,
     span: spans.Span,
@@ -201,10 +199,19 @@ def _keep_trace(
         target_itl_s=target.itl_s,
         retries=shown.retries,
     )
-    deps.traces.ended(
+    kept = deps.traces.decide(ending, sampled=span.sampled)
+    if kept is None and not telemetry.recorder().watchers:
+        deps.traces.drop(span)  # which most are: their spans are never made
+        return
+    _finish_spans(ctx, span, prompts, error)
+    if kept is None:
+        deps.traces.drop(span)
+        return
+    deps.traces.keep(
         span,
         ending,
         lambda: msgspec.to_builtins(shown),  # kept for long: nothing else of the request may hang on it
+        kept=kept,
         request_id=ctx.request_id,
         tier=ctx.tier,
         tenant=ctx.client.tenant,

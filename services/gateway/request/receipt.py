@@ -1,24 +1,7 @@
-"""What was decided for a request and what happened: the `x-baton-receipt` of design section 10, and where time went."""
+"""A request's receipt, worked out from its context: whenever it is shown, from the same timestamps."""
 
-import msgspec
-
+from services.gateway.answer.receipt import Receipt
 from services.gateway.request.context import RequestContext, Stage
-
-HEADER = b"x-baton-receipt"
-
-
-class Receipt(msgspec.Struct, kw_only=True):
-    """Compact JSON; null: not known yet."""
-
-    path: str | None = None  # split | whole
-    reason: str | None = None
-    prefill: str | None = None
-    decode: str | None = None
-    cached_tokens: int = 0
-    predicted_ttft_ms: float | None = None
-    actual_ttft_ms: float | None = None
-    retries: int = 0
-    stages_ms: dict[str, float] | None = None  # where the time to the first token went; they add up to it
 
 
 def receipt(ctx: RequestContext) -> Receipt:

@@ -71,7 +71,7 @@ class Traces:
     # ---- a request -------------------------------------------------------------------------------------------
 
     def request(self, traceparent: str) -> AbstractContextManager[spans.Span | None]:
-        """Within, its root span is the current one; None: telemetry is off."""
+        """Within, its root span is the current one; None: telemetry is off. Its end is for `keep` and `drop`."""
         if not self._on:
             return nullcontext()
         parent = spans.parent_of(traceparent, "")  # a client names no owner
@@ -80,15 +80,20 @@ class Traces:
         self._book.begin(root)
         return spans.Current(root)
 
-    def ended(
-        self, root: spans.Span, ending: Ending, receipt: Callable[[], dict[str, object]], **shown: str | None
+    def decide(self, ending: Ending, *, sampled: bool) -> str | None:
+        """Why the trace of a request that has ended is kept; None: it is not."""
+        kept = self._sampler.ends(ending, sampled=sampled, now=time.monotonic())
+        self._decided[kept or "dropped"].inc()
+        return kept
+
+    def drop(self, root: spans.Span) -> None:
+        root.discard()
+        self._book.forget(root.root)
+
+    def keep(
+        self, root: spans.Span, ending: Ending, receipt: Callable[[], dict[str, object]], kept: str, **shown: str | None
     ) -> None:
         """After the root's end. `shown`: request_id, tier, tenant and path of the summary."""
-        kept = self._sampler.ends(ending, sampled=root.sampled, now=time.monotonic())
-        self._decided[kept or "dropped"].inc()
-        if kept is None:
-            self._book.forget(root.root)
-            return
         if not root.sampled and len(self._wanted) < MAX_WANTED:
             self._wanted.append(root.root)
         summary = wire.TraceSummary(
