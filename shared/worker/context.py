@@ -55,14 +55,18 @@ class WorkerContext:
         """Where a prompt's KV came from, once, with the last delta. `pulled_tokens`: from another node, for it."""
         if delta.finish is None:
             return
-        sources = self.metrics.prefix_tokens
         computed = delta.computed_tokens
-        sources.labels(source="computed").inc(
-            max(0, prompt_tokens - delta.cached_tokens) if computed is None else computed
-        )
         pulled_tokens = min(pulled_tokens, delta.loaded_tokens)
-        sources.labels(source="peer").inc(pulled_tokens)
-        sources.labels(source="node").inc(delta.loaded_tokens - pulled_tokens)
-        sources.labels(source="engine").inc(max(0, delta.cached_tokens - delta.loaded_tokens))
-        self.metrics.recomputed_tokens.inc(delta.recomputed_tokens)
-        self.metrics.unkept_tokens.inc(delta.unkept_tokens)
+        counts = {
+            "computed": max(0, prompt_tokens - delta.cached_tokens) if computed is None else computed,
+            "peer": pulled_tokens,
+            "node": delta.loaded_tokens - pulled_tokens,
+            "engine": max(0, delta.cached_tokens - delta.loaded_tokens),
+        }
+        for source, tokens in counts.items():
+            if tokens:
+                self.metrics.prefix_sources[source].inc(tokens)
+        if delta.recomputed_tokens:
+            self.metrics.recomputed_tokens.inc(delta.recomputed_tokens)
+        if delta.unkept_tokens:
+            self.metrics.unkept_tokens.inc(delta.unkept_tokens)

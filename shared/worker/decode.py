@@ -240,7 +240,8 @@ class _Run:
 
     def _recompute(self, tokens: int) -> None:
         self._recomputed = tokens
-        self._context.metrics.recomputed_tokens.inc(tokens)
+        if tokens:
+            self._context.metrics.recomputed_tokens.inc(tokens)
 
     def _covered(self, blocks: int) -> int:
         attached = self._context.kv.attached

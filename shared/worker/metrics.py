@@ -56,5 +56,6 @@ class WorkerMetrics:
             registry=self.registry,
         )
         self.bad_messages = Gauge("baton_bus_bad_messages", "Messages dropped", registry=self.registry)
-        for source in ("computed", "engine", "node", "peer"):
-            self.prefix_tokens.labels(source=source)
+        self.prefix_sources = {
+            source: self.prefix_tokens.labels(source=source) for source in ("computed", "engine", "node", "peer")
+        }

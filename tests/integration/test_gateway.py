@@ -48,6 +48,13 @@ async def test_chat_answers_whole(cluster):
         assert running.sample("baton_tokens_total", tenant="anonymous", model=MODEL, kind="completion") == 6
 
 
+async def test_an_answer_that_comes_in_one_batch_has_a_first_token(cluster):
+    async with cluster.gateway() as running:
+        await cluster.add(running, "prefill-0", "decode-0")
+        raw = await running.client.chat.completions.with_raw_response.create(model=MODEL, messages=HELLO, max_tokens=1)
+        assert receipt(raw)["actual_ttft_ms"] > 0
+
+
 async def test_chat_streams(cluster):
     async with cluster.gateway() as running:
         await cluster.add(running, "prefill-0", "decode-0")

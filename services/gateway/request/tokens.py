@@ -28,7 +28,9 @@ CANCEL_S = 5.0
 def deliver(deps: Deps, batch: wire.TokenBatch, now: float) -> None:
     """Every row of one engine step."""
     open_, fed = deps.streams.open, deps.streams.fed
-    was_fed = bool(fed)
+    if not fed:
+        # Before a row ends its request: the task that this wakes reads the times that are taken there.
+        asyncio.get_running_loop().call_soon(_write_fed, deps)
     plain = not (batch.finish or batch.usage or batch.failures or batch.logprobs or batch.prompt_logprobs)
     attempts, sequences, choices, texts, tokens = (
         batch.attempts,
@@ -70,8 +72,6 @@ def deliver(deps: Deps, batch: wire.TokenBatch, now: float) -> None:
         except Exception:  # a worker's bad row must not cost the other rows
             deps.streams.bad_rows += 1
             log.exception("a row of %s dropped", batch.worker)
-    if fed and not was_fed:
-        asyncio.get_running_loop().call_soon(_write_fed, deps)
     for request, attempt in strangers:
         cancel(deps, batch.worker, request, attempt)
 

@@ -240,8 +240,7 @@ class SimEngine:
         self._end(step, time.monotonic())
         if self._speed == math.inf:
             self._repeat(step)
-            if step.chunks or time.monotonic() > self._turn_s:
-                await self._give_way(TURNS if step.chunks else 1)
+            await self._give_way(step)
 
     def _repeat(self, step: Step) -> None:
         """At infinite speed: the same decodes again, until one is about to end, others wait, or the loop has a turn."""
@@ -262,12 +261,16 @@ class SimEngine:
             self._counts.steps.inc(total)
             self._counts.step_times.see(len(step.decodes), (self._ended_s - began_s) / total)
 
-    async def _give_way(self, turns: int) -> None:
+    async def _give_way(self, step: Step) -> None:
         """The loop's other tasks have their turn; a first token is on its way to its client before more are made."""
-        self._give_sampled()
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        self._turn_s = time.monotonic() + TURN_S
+        is_due = time.monotonic() > self._turn_s
+        if is_due:
+            self._give_sampled()
+        if is_due or step.chunks:
+            for _ in range(TURNS if step.chunks else 1):
+                await asyncio.sleep(0)
+        if is_due:
+            self._turn_s = time.monotonic() + TURN_S
 
     def _start_s(self, now_s: float) -> float:
         """When the step is to have begun: as the last one was to end, so that what a timer is late never adds up."""
