@@ -52,8 +52,8 @@ async def handle(deps: Deps, tokenizer: ChatTokenizer, kind: type[Body], scope: 
     error: BatonError | None = None
     with deps.traces.request(ctx.headers.get(b"traceparent", b"").decode("latin-1")) as ctx.span:
         try:
-            body = await check(ctx, deps, kind, await read(ctx, deps, receive))
-            await tokenise(ctx, deps, tokenizer, body)
+            # No name holds what the client sent: its answer may take long.
+            await tokenise(ctx, deps, tokenizer, await check(ctx, deps, kind, await read(ctx, deps, receive)))
             await pipeline.run(ctx, deps)
         except BatonError as failed:
             error = failed
