@@ -53,20 +53,24 @@ def refresh(worker: Worker, expected_output: float) -> None:
     tokens_until = worker.backlog_at + backlog.queued_tokens * token_s
     jobs = backlog.running + backlog.waiting
     prompts, alone, done_at, last_at, bound_at = backlog.queued_prompts, 0.0, 0.0, 0.0, 0.0
-    for charge in worker.charges:
-        tokens = charge.tokens
+    backlog_at = worker.backlog_at
+    for charge in worker.charges:  # there may be a hundred, several times a request: no calls in here
+        tokens, sent_at, made_at = charge.tokens, charge.sent_at, charge.made_at
         if not tokens:
             jobs += charge.jobs
             continue
-        sent_at = charge.sent_at
         if sent_at is None:
-            sent_at = max(charge.made_at, worker.backlog_at)
-        bound_at = max(bound_at, charge.made_at)
-        alone = max(alone, sent_at) + tokens * token_s
-        done_at = max(done_at, sent_at) + tokens * token_s + (prompt_s if sent_at - last_at > TOGETHER_S else 0.0)
+            sent_at = made_at if made_at > backlog_at else backlog_at
+        if made_at > bound_at:
+            bound_at = made_at
+        work_s = tokens * token_s
+        alone = (alone if alone > sent_at else sent_at) + work_s
+        done_at = (done_at if done_at > sent_at else sent_at) + work_s
+        if sent_at - last_at > TOGETHER_S:
+            done_at += prompt_s
         last_at = sent_at
         if sent_at > seen_until:
-            tokens_until = max(tokens_until, sent_at) + tokens * token_s
+            tokens_until = (tokens_until if tokens_until > sent_at else sent_at) + work_s
             prompts += 1
             jobs += charge.jobs
     # They are not done before they could be by themselves: where the way takes longer, its word did not know of them.
