@@ -60,6 +60,7 @@ class _Run:
         self._key = (job.request, job.attempt)
         self._tokens = len(job.tokens) // wire.TOKEN_BYTES
         self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
+        self._is_released = False
         self._recomputed = 0
 
     async def go(self) -> None:
@@ -111,7 +112,7 @@ class _Run:
             await self._generate(plan)
         finally:
             context.prompts.drop(self._key)
-            context.kv.release_soon(self._lease)
+            self._release()
 
     async def _reserve(self) -> Reserved | None:
         """None: there is no store, or this model's KV cannot be handed over; the engine computes everything."""
@@ -122,7 +123,8 @@ class _Run:
         geometry = attached.geometry
         keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
         try:
-            return await reserve(context, self._lease, job.request, keys, write=not job.prefill)
+            tell_s = job.handoff_s if job.prefill else 0.0
+            return await reserve(context, self._lease, job.request, keys, write=not job.prefill, tell_s=tell_s)
         except KvLost as error:
             log.warning("kv: serving without the store: %s", error.message)
             return None
@@ -172,7 +174,7 @@ class _Run:
         found: Reserved | Ready = slots
         if job.prefill and not all(slots.committed):
             try:
-                found = await context.kv.wait(self._lease, timeout_s=job.handoff_s)
+                found = await context.kv.ready(self._lease, slots, timeout_s=job.handoff_s)
             except KvLost as error:
                 log.warning("kv: the hand-off is lost: %s", error.message)
                 self._recompute(self._tokens)
@@ -218,8 +220,14 @@ class _Run:
                     prompt_sent = True
                     await self._stream.prompt(delta.prompt_logprobs)  # every choice's are the same
                 if progress.saw(delta):
-                    context.kv.release_soon(self._lease)  # every choice has its prompt's KV in the engine
+                    self._release()  # every choice has its prompt's KV in the engine
                 self._stream.delta(delta, self._usage(progress, delta) if progress.ended else None)
+
+    def _release(self) -> None:
+        """Once."""
+        if not self._is_released:
+            self._is_released = True
+            self._context.kv.release_soon(self._lease)
 
     def _usage(self, progress: "_Progress", delta: EngineDelta) -> wire.DecodeUsage:
         self._context.count_prompt(self._tokens, delta)
