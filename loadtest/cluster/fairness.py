@@ -25,7 +25,7 @@ from loadtest.micro.bench import Failed
 from loadtest.report import fairness as report
 from loadtest.report import page
 from loadtest.result import Result
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 
 FILE, PAGE = "fairness.json", "fairness.html"
 LEAD_S = 5.0  # the flood alone, until its queue stands
@@ -138,7 +138,7 @@ def _keys(*, wanted: bool) -> Iterator[tuple[list[str], list[str]]]:
 def _new_key(tenant: str, file: str) -> str:
     found = KEY.search(launch.baton(("keys", "add", "--tenant", tenant, "--file", file)))
     if found is None:
-        raise Refusal("baton keys add printed no key")
+        raise UserError("baton keys add printed no key")
     return found[0]
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from loadtest.machine import ROOT
 from services.launcher.machine import LOOPBACK, free_ports
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.settings import LAUNCHER_KEYS, PREFIX
 
 BATON = (sys.executable, "-m", "services.launcher")
@@ -30,7 +30,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
 
 @contextlib.contextmanager
 def started(options: Sequence[str], settings: Mapping[str, str], *, port: int = 0) -> Iterator[Started]:
-    """`options` of `baton up`; `settings` by their names. Port 0: any. Raises Refusal when it does not come up."""
+    """`options` of `baton up`; `settings` by their names. Port 0: any. Raises UserError when it does not come up."""
     chosen = port or free_ports(1)[0]
     environ = _environ(settings)
     words = ("--port", str(chosen))
@@ -38,12 +38,12 @@ def started(options: Sequence[str], settings: Mapping[str, str], *, port: int = 
         _baton(("up", *words, "--detach", *options), environ, UP_S)
         yield Started(url=f"http://{LOOPBACK}:{chosen}", port=chosen)
     finally:
-        with contextlib.suppress(Refusal):  # `down` says when there is nothing; what went wrong before counts more
+        with contextlib.suppress(UserError):  # `down` says when there is nothing; what went wrong before counts more
             _baton(("down", *words), environ, DOWN_S)
 
 
 def baton(words: Sequence[str]) -> str:
-    """What another command of `baton` prints. Raises Refusal."""
+    """What another command of `baton` prints. Raises UserError."""
     return _baton(words, _environ({}), DOWN_S)
 
 
@@ -53,10 +53,10 @@ def _baton(words: Sequence[str], environ: Mapping[str, str], limit_s: float) -> 
             (*BATON, *words), env=environ, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_s
         )
     except subprocess.TimeoutExpired:
-        raise Refusal(f"baton {words[0]} took more than {limit_s:g} s") from None
+        raise UserError(f"baton {words[0]} took more than {limit_s:g} s") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise Refusal(f"baton {words[0]} ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")
+        raise UserError(f"baton {words[0]} ended with {done.returncode}: {said[-1] if said else 'it said nothing'}")
     return done.stdout
 
 

@@ -19,7 +19,7 @@ from loadtest.cluster.offer import Load
 from loadtest.machine import ROOT
 from loadtest.micro.bench import INTERRUPTED, REFUSED, Failed
 from loadtest.slo import Slo
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.errors import SettingsError
 
 ENGINES = {"sim": ("--engine", "sim"), "vllm": ("--engine", "vllm", "--kv-gib", "1", "--arena-gib", "1")}
@@ -154,7 +154,7 @@ def command(name: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"loadtest {name}: interrupted, everything that was started has been stopped", file=sys.stderr)
         return INTERRUPTED
-    except (Refusal, SettingsError) as error:
+    except (UserError, SettingsError) as error:
         print(f"loadtest {name}: {error}", file=sys.stderr)
         return REFUSED
     except (Failed, OSError) as error:

@@ -25,7 +25,7 @@ from services.launcher.health import probe_client, until_ready
 from services.launcher.machine import LOOPBACK, free_ports
 from services.launcher.plan import Process
 from services.launcher.processes import Child, Children, ending
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.errors import BatonError, SettingsError
 from shared.settings import to_environ
 
@@ -80,7 +80,7 @@ class Bench:
         return self.start(name, (sys.executable, "-m", module, *arguments), settings)
 
     async def until(self, child: Child, ready: Awaitable[object]) -> None:
-        """Wait until it is ready. Raises Refusal or Failed with its last line when it ends before, or is too slow."""
+        """Wait until it is ready. Raises UserError or Failed with its last line when it ends before, or is too slow."""
         waiting = asyncio.ensure_future(ready)
         ended = asyncio.ensure_future(child.wait())
         try:
@@ -90,7 +90,7 @@ class Bench:
                 return
             how = f"ended with {ending(ended.result())}" if ended.done() else f"was not ready within {START_S:g} s"
             words = f"{child.process.id} {how}: {child.last_words() or 'it said nothing'}"
-            raise Refusal(words) if ended.done() and ended.result() == REFUSED else Failed(words)
+            raise UserError(words) if ended.done() and ended.result() == REFUSED else Failed(words)
         finally:
             waiting.cancel()
             ended.cancel()
@@ -167,7 +167,7 @@ def measure(work: Callable[[], Awaitable[T]]) -> T | int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("interrupted: everything that was started has been stopped", file=sys.stderr)
         return INTERRUPTED
-    except (Refusal, SettingsError) as error:
+    except (UserError, SettingsError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return REFUSED
     except (Failed, BatonError, OSError, EOFError) as error:

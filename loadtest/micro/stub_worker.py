@@ -23,7 +23,7 @@ from loadtest.load.alarm import Pace
 from shared import subjects, telemetry, wire
 from shared.bus import Bus
 from shared.span_sender import SpanSender
-from shared.worker.batches import Batches, Stream
+from shared.worker.batches import Batches, RowStream
 from shared.worker.engine import EngineDelta
 
 BEAT_S = 0.2
@@ -37,7 +37,7 @@ TOKENS = [(100 + number, f" w{number % 10}") for number in range(64)]
 
 @dataclass(slots=True)
 class _Running:
-    stream: Stream
+    stream: RowStream
     left: int
     given: int = 0
     span: trace.Span = trace.INVALID_SPAN

@@ -18,7 +18,7 @@ from services.gateway.observe.cluster_metrics import ClusterMetrics
 from services.gateway.observe.costs import Costs
 from services.gateway.observe.dashboard.feed import Feed
 from services.gateway.observe.metrics import Metrics
-from services.gateway.observe.replicas import Line, Replicas
+from services.gateway.observe.replicas import Replicas, WaitingLine
 from services.gateway.observe.traces.export import OtlpExport
 from services.gateway.observe.traces.traces import Traces
 from services.gateway.request import answer, attempt, tokens
@@ -236,7 +236,7 @@ def _look_at_load(gateway: Gateway, now: float) -> None:
     """What an autoscaler and whoever pays want to know."""
     deps = gateway.deps
     prompts, waiting = deps.fleet.lines_elsewhere(now)
-    line = Line(prompts=prompts + len(deps.queue), tokens=waiting + deps.queue.tokens)
+    line = WaitingLine(prompts=prompts + len(deps.queue), tokens=waiting + deps.queue.tokens)
     gateway.replicas.see(deps.fleet.everybody(), line, now)
     roles = [member.role for member in deps.members.live(now)]
     served = deps.metrics.tokens["prompt"] + deps.metrics.tokens["completion"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from services.kv_transfer.arena import Arena
-from services.kv_transfer.connection import Connection
+from services.kv_transfer.connection import StoreConnection
 from services.kv_transfer.leases import (
     Answered,
     ArenaCut,
@@ -32,7 +32,7 @@ from services.kv_transfer.leases import (
 )
 from services.kv_transfer.metrics import KvMetrics
 from services.kv_transfer.sessions import HOST, RANK, WATCH
-from services.kv_transfer.spans import Spans
+from services.kv_transfer.spans import StoreSpans
 from services.kv_transfer.store import Store
 from shared.errors import BatonError, Internal, InvalidRequest, KvLost, NoCapacity, SettingsError
 from shared.kv.messages import (
@@ -84,14 +84,14 @@ class KvServer:
     tells = True  # see messages.Attached
 
     def __init__(self, node: str, store: Store, arena: Arena, metrics: KvMetrics, outside: Outside) -> None:
-        self.connections: dict[int, Connection] = {}
+        self.connections: dict[int, StoreConnection] = {}
         self._node = node
         self._store = store
         self._arena = arena
         self._metrics = metrics
         self._outside = outside
-        self._spans = Spans()
-        self._by_session: dict[str, set[Connection]] = {}
+        self._spans = StoreSpans()
+        self._by_session: dict[str, set[StoreConnection]] = {}
         self._held: dict[int, Call] = {}  # attaches that wait for the first rank, by connection
         self._serial = 0
         self._path: Path | None = None
@@ -126,22 +126,22 @@ class KvServer:
 
     # ---- connections -----------------------------------------------------------------------------------------
 
-    def _accept(self) -> Connection:
+    def _accept(self) -> StoreConnection:
         self._serial += 1
-        return Connection(self, self._serial)
+        return StoreConnection(self, self._serial)
 
-    def opened(self, connection: Connection) -> bool:
+    def opened(self, connection: StoreConnection) -> bool:
         if len(self.connections) >= MAX_CONNECTIONS:
             log.warning("kv: connection refused: %d are open", MAX_CONNECTIONS)
             return False
         self.connections[connection.serial] = connection
         return True
 
-    def spoiled(self, connection: Connection, reason: str) -> None:
+    def spoiled(self, connection: StoreConnection, reason: str) -> None:
         self._metrics.bad_frames.inc()
         log.warning("kv: %s closed: %s", connection.name, reason)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: StoreConnection) -> None:
         if self.connections.pop(connection.serial, None) is None:
             return
         self._held.pop(connection.serial, None)
@@ -157,7 +157,7 @@ class KvServer:
             self._store.detach(who.session, who.kind, who.rank, now)
             self.pump()
 
-    def called(self, connection: Connection, call: Call) -> None:
+    def called(self, connection: StoreConnection, call: Call) -> None:
         """One frame, guarded: a call that breaks is answered and forgotten."""
         try:
             answer = self._act(connection, call)
@@ -172,7 +172,7 @@ class KvServer:
 
     # ---- calls -----------------------------------------------------------------------------------------------
 
-    def _act(self, connection: Connection, call: Call) -> AnyAnswer | None:
+    def _act(self, connection: StoreConnection, call: Call) -> AnyAnswer | None:
         """The answer; None when it comes later."""
         body, who = call.body, connection.attached
         if isinstance(body, Attach):
@@ -202,7 +202,7 @@ class KvServer:
             raise InvalidRequest(f"{type(body).__name__} is not for a {who.kind} connection")
         return Ok()
 
-    def _attach(self, connection: Connection, call: Call, body: Attach) -> Attached | None:
+    def _attach(self, connection: StoreConnection, call: Call, body: Attach) -> Attached | None:
         if connection.attached is not None:
             raise InvalidRequest("this connection is attached already")
         layout = self._store.attach(body)
@@ -227,7 +227,7 @@ class KvServer:
             tells=self.tells,
         )
 
-    def _ticket(self, connection: Connection, call_id: int) -> tuple[int, int]:
+    def _ticket(self, connection: StoreConnection, call_id: int) -> tuple[int, int]:
         if len(connection.pending) >= MAX_PENDING:
             raise NoCapacity(f"{MAX_PENDING} calls of this connection are waiting")
         self._serial += 1
@@ -235,7 +235,7 @@ class KvServer:
         return connection.serial, self._serial
 
     def _kept(
-        self, connection: Connection, ticket: tuple[int, int], act: Callable[[], AnyAnswer | None]
+        self, connection: StoreConnection, ticket: tuple[int, int], act: Callable[[], AnyAnswer | None]
     ) -> AnyAnswer | None:
         """Forget the ticket unless the answer comes later."""
         answer: AnyAnswer | None = Ok()

@@ -12,7 +12,7 @@ from shared.kv.messages import Loaded
 
 
 @dataclass(slots=True)
-class _Push:
+class _PushSpan:
     traceparent: str
     first_ns: int
     last_ns: int
@@ -20,9 +20,9 @@ class _Push:
     size_bytes: int
 
 
-class Spans:
+class StoreSpans:
     def __init__(self) -> None:
-        self._pushes: dict[str, _Push] = {}
+        self._pushes: dict[str, _PushSpan] = {}
 
     def __len__(self) -> int:
         return len(self._pushes)
@@ -34,7 +34,7 @@ class Spans:
         now_ns = time.time_ns()
         push = self._pushes.get(lease.id)
         if push is None:
-            push = self._pushes[lease.id] = _Push(lease.traceparent, started_ns or now_ns, now_ns, 0, 0)
+            push = self._pushes[lease.id] = _PushSpan(lease.traceparent, started_ns or now_ns, now_ns, 0, 0)
         push.last_ns = now_ns
         push.slots += slots
         push.size_bytes += size_bytes

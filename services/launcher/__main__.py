@@ -18,7 +18,7 @@ from services.launcher.commands.trace import trace
 from services.launcher.commands.up import up
 from services.launcher.options import given_settings, home, port_option, read_flags, up_options
 from services.launcher.plan import Programs
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder
 from shared.errors import SettingsError
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, programs: Callable[[], Programs] = i
     """Returns the exit code: 0 done, 1 failed or not ready, 2 refused in one line on stderr."""
     try:
         return _run(read_flags(argv), programs)
-    except (Refusal, SettingsError) as error:
+    except (UserError, SettingsError) as error:
         print(f"baton: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

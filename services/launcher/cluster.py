@@ -17,7 +17,7 @@ from services.launcher.health import probe_client, until_deaf, until_ready
 from services.launcher.plan import Plan, Process
 from services.launcher.processes import Child, Children, ending
 from services.launcher.progress import Progress
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder, ClusterRecord, ServiceRecord, born, own_identity
 from services.launcher.sweep import ORDER, remove_files
 from shared.settings import to_environ
@@ -47,7 +47,7 @@ class Cluster:
         self._services = {service.id: service for service in self.record.services}
 
     async def start(self) -> None:
-        """Returns when every process is ready. Raises Refusal as soon as one ends."""
+        """Returns when every process is ready. Raises UserError as soon as one ends."""
         self._folder.write(self.record)
         brokers.write_nats_config(self._plan)
         async with self._ticking():
@@ -89,7 +89,7 @@ class Cluster:
         children = [self._start(process) for process in tier]
         waits = [asyncio.create_task(self._until_up(child)) for child in children]
         try:
-            await asyncio.gather(*waits)  # the first Refusal ends it
+            await asyncio.gather(*waits)  # the first UserError ends it
         finally:
             for wait in waits:
                 wait.cancel()
@@ -105,7 +105,7 @@ class Cluster:
         return child
 
     async def _until_up(self, child: Child) -> None:
-        """Raises Refusal when it ends instead, or takes far too long."""
+        """Raises UserError when it ends instead, or takes far too long."""
         process = child.process
         limit_s = START_S.get(process.role, ENGINE_START_S)
         answers = asyncio.create_task(self._until_answers(process))
@@ -113,12 +113,12 @@ class Cluster:
             waits: set[asyncio.Future[Any]] = {answers, child.exited}
             await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             if child.exited.done():
-                raise Refusal(
+                raise UserError(
                     f"{process.id} ended while starting ({ending(child.exited.result())}): "
                     f"{child.last_words() or 'it said nothing'} (log: {child.log})"
                 )
             if not answers.done():
-                raise Refusal(f"{process.id} was not ready within {limit_s:.0f} s (log: {child.log})")
+                raise UserError(f"{process.id} was not ready within {limit_s:.0f} s (log: {child.log})")
             answers.result()
         finally:
             answers.cancel()
@@ -155,7 +155,7 @@ class Cluster:
             self._start(process)
             try:
                 await self._until_up(self._running[process.id])
-            except Refusal:
+            except UserError:
                 continue  # the loop says it
             self._progress.line(f"{process.id} is back")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.errors import SettingsError
 
 Announce = Callable[[], None]
@@ -50,7 +50,7 @@ def _background(work: Callable[[Announce], int], pipe: int, log: Path) -> int:
 
     try:
         code = work(announce)
-    except (Refusal, SettingsError) as error:
+    except (UserError, SettingsError) as error:
         print(f"baton: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from redis.asyncio import Redis
 
 from services.launcher.options import home
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterRecord
 from shared.access import key_file, key_table
 from shared.access.connection import AWAY, open_redis
@@ -22,7 +22,7 @@ T = TypeVar("T")
 IN_REDIS = "redis"
 
 
-class Store(Protocol):
+class KeyStore(Protocol):
     name: str
 
     def read(self) -> list[Key]: ...
@@ -80,7 +80,7 @@ class RedisStore:
 
 
 def in_redis(url: str, work: Callable[[Redis], Awaitable[T]]) -> T:
-    """Raises Refusal when Redis does not answer."""
+    """Raises UserError when Redis does not answer."""
 
     async def run() -> T:
         redis = open_redis(url, tls=_tls(os.environ))
@@ -92,9 +92,9 @@ def in_redis(url: str, work: Callable[[Redis], Awaitable[T]]) -> T:
     try:
         return asyncio.run(run())
     except AWAY as error:
-        raise Refusal(f"Redis does not answer ({type(error).__name__}): see baton status") from error
+        raise UserError(f"Redis does not answer ({type(error).__name__}): see baton status") from error
     except BadKey as error:
-        raise Refusal(f"the keys in Redis cannot be used: {error}") from error
+        raise UserError(f"the keys in Redis cannot be used: {error}") from error
 
 
 def _tls(environ: Mapping[str, str]) -> Tls:
@@ -102,7 +102,7 @@ def _tls(environ: Mapping[str, str]) -> Tls:
     return Tls(**{part: environ.get(f"BATON_TLS_{part.upper()}", "") for part in ("ca", "cert", "key")})
 
 
-def find_store(file: str | None, record: ClusterRecord | None, environ: Mapping[str, str]) -> Store:
+def find_store(file: str | None, record: ClusterRecord | None, environ: Mapping[str, str]) -> KeyStore:
     """The file that was named; else where the running cluster, or this environment, has its keys; else the usual."""
     if file is not None:
         return FileStore(Path(file).expanduser().absolute())
@@ -130,11 +130,11 @@ def usual_file(environ: Mapping[str, str]) -> Path:
 
 
 def check_keys(keys: str) -> None:
-    """Before anything is started. Raises Refusal for a file that is not there or cannot be used."""
+    """Before anything is started. Raises UserError for a file that is not there or cannot be used."""
     if keys in ("", IN_REDIS):
         return
     if not Path(keys).exists():
-        raise Refusal(f"--keys: there is no {keys}: make a first key with baton keys add --tenant NAME --file {keys}")
+        raise UserError(f"--keys: there is no {keys}: make a first key with baton keys add --tenant NAME --file {keys}")
     FileStore(Path(keys)).read()
 
 
@@ -142,5 +142,5 @@ def _gateway(record: ClusterRecord) -> dict[str, object]:
     return next(service.settings for service in record.services if service.role == "gateway")
 
 
-def _unusable(path: Path, error: BadKey | OSError) -> Refusal:
-    return Refusal(f"{path}: {error if isinstance(error, BadKey) else error.strerror}")
+def _unusable(path: Path, error: BadKey | OSError) -> UserError:
+    return UserError(f"{path}: {error if isinstance(error, BadKey) else error.strerror}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _WEIGHTS = (("*.safetensors",), ("*.bin", "*.pt"))
@@ -34,15 +34,17 @@ def read_model(model: str, revision: str = "", *, with_weights: bool = True) -> 
     name = folder.resolve().name
     if not folder.is_dir():
         if not _HUB_ID.match(model):
-            raise Refusal(f"there is no model folder {model}: give --model a folder with a config.json, or an ORG/NAME")
+            raise UserError(
+                f"there is no model folder {model}: give --model a folder with a config.json, or an ORG/NAME"
+            )
         folder, name = _fetch(model, revision, _WEIGHTS if with_weights else ()), model
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise Refusal(f"{folder} has no config.json: --model must be a Hugging Face model folder")
+        raise UserError(f"{folder} has no config.json: --model must be a Hugging Face model folder")
     try:
         config = json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
-        raise Refusal(f"{config_file} cannot be read: {error}") from error
+        raise UserError(f"{config_file} cannot be read: {error}") from error
     text = config.get("text_config") or config
     return Model(
         path=str(folder.resolve()),
@@ -82,5 +84,5 @@ def _fetch(model: str, revision: str, weights: Sequence[tuple[str, ...]]) -> Pat
                 break
     except Exception as error:  # the hub has many ways to fail, and one answer here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"there is no folder {model}, and Hugging Face did not give it: {reason}") from error
+        raise UserError(f"there is no folder {model}, and Hugging Face did not give it: {reason}") from error
     return folder

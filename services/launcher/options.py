@@ -11,7 +11,7 @@ import msgspec
 import yaml
 
 from services.launcher.key_flags import add_keys_flags
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.settings import CONFIG_KEY, LAUNCHER_KEYS, PREFIX, SERVICES, Speed, Switch
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "models" / "demo"
@@ -62,14 +62,14 @@ def given_settings(environ: Mapping[str, str]) -> dict[str, Any]:
     known = set().union(*(set(cls.__struct_fields__) for cls in SERVICES.values()))
     for key in values:
         if key not in known:
-            raise Refusal(f"unknown setting {PREFIX}{key.upper()}: known are {', '.join(sorted(known - OWN_KEYS))}")
+            raise UserError(f"unknown setting {PREFIX}{key.upper()}: known are {', '.join(sorted(known - OWN_KEYS))}")
         if key in OWN_KEYS:
-            raise Refusal(f"{PREFIX}{key.upper()} is set by the launcher for each process: unset it")
+            raise UserError(f"{PREFIX}{key.upper()} is set by the launcher for each process: unset it")
     return values
 
 
 def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions:
-    """Resolve. Raises Refusal for what is not offered."""
+    """Resolve. Raises UserError for what is not offered."""
     values: dict[str, Any] = {
         key: given[key] for key in UpOptions.__struct_fields__ if key in given and key != "engine_args"
     }
@@ -87,20 +87,20 @@ def up_options(flags: argparse.Namespace, given: Mapping[str, Any]) -> UpOptions
     try:
         options = msgspec.convert(values, UpOptions, strict=False)
     except msgspec.ValidationError as error:
-        raise Refusal(f"a setting has a wrong value: {error}") from error
+        raise UserError(f"a setting has a wrong value: {error}") from error
     if options.engine != "sim" and (sim := [key for key in ("sim_speed", "sim_kv") if key in values]):
-        raise Refusal(f"--{sim[0].replace('_', '-')} is for the sim engine: add --engine sim, or leave it out")
+        raise UserError(f"--{sim[0].replace('_', '-')} is for the sim engine: add --engine sim, or leave it out")
     if options.decode < 1:
-        raise Refusal("--decode must be at least 1: decode workers produce the output")
+        raise UserError("--decode must be at least 1: decode workers produce the output")
     if options.prefill < 0 or (options.prefill < 1 and options.arrangement == "split"):
-        raise Refusal("--prefill must be at least 1 with --arrangement split, and never negative")
+        raise UserError("--prefill must be at least 1 with --arrangement split, and never negative")
     if not 1 <= options.nodes <= options.prefill + options.decode:
-        raise Refusal(
+        raise UserError(
             f"--nodes must be between 1 and the number of workers ({options.prefill + options.decode}), "
             f"not {options.nodes}: a node without a worker would hold nothing"
         )
     if not 1 <= options.gateways <= MOST_GATEWAYS:
-        raise Refusal(f"--gateways must be between 1 and {MOST_GATEWAYS}, not {options.gateways}")
+        raise UserError(f"--gateways must be between 1 and {MOST_GATEWAYS}, not {options.gateways}")
     return options
 
 
@@ -109,9 +109,9 @@ def port_option(flags: argparse.Namespace, given: Mapping[str, Any]) -> int:
     try:
         port = int(given.get("port", DEFAULT_PORT) if flags.port is None else flags.port)
     except ValueError as error:
-        raise Refusal(f"BATON_PORT must be a number: {error}") from error
+        raise UserError(f"BATON_PORT must be a number: {error}") from error
     if not 1 <= port <= 65535:
-        raise Refusal(f"--port must be between 1 and 65535, not {port}")
+        raise UserError(f"--port must be between 1 and 65535, not {port}")
     return port
 
 
@@ -121,7 +121,7 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refusal(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,13 +218,13 @@ def _engine_args(given: Any, flags: Sequence[str]) -> dict[str, Any]:
     try:
         values = json.loads(given) if isinstance(given, str) else dict(given)
     except (TypeError, ValueError) as error:
-        raise Refusal(f"BATON_ENGINE_ARGS must be a JSON object: {error}") from error
+        raise UserError(f"BATON_ENGINE_ARGS must be a JSON object: {error}") from error
     if not isinstance(values, dict):
-        raise Refusal('BATON_ENGINE_ARGS must be a JSON object such as {"dtype": "float32"}')
+        raise UserError('BATON_ENGINE_ARGS must be a JSON object such as {"dtype": "float32"}')
     for flag in flags:
         key, equals, value = flag.partition("=")
         if not (key and equals):
-            raise Refusal(f"--engine-arg {flag}: write it as KEY=VALUE, e.g. --engine-arg max_model_len=4096")
+            raise UserError(f"--engine-arg {flag}: write it as KEY=VALUE, e.g. --engine-arg max_model_len=4096")
         values[key.lstrip("-").replace("-", "_")] = _json_or_text(value)
     return values
 
@@ -242,9 +242,9 @@ def _from_yaml(path: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise Refusal(f"{CONFIG_KEY}: cannot read {path}: {error}".replace("\n", " ")) from error
+        raise UserError(f"{CONFIG_KEY}: cannot read {path}: {error}".replace("\n", " ")) from error
     if not isinstance(loaded, dict):
-        raise Refusal(f"{CONFIG_KEY}: {path} must hold a mapping of settings")
+        raise UserError(f"{CONFIG_KEY}: {path} must hold a mapping of settings")
     return loaded
 
 

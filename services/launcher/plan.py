@@ -11,7 +11,7 @@ import msgspec
 from services.launcher.machine import GIB, LOOPBACK, Machine
 from services.launcher.model import WIDEST_VALUE_BYTES, Model
 from services.launcher.options import UpOptions
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.bus_users import OPERATOR
 from shared.settings import SERVICES, CommonSettings, load, to_environ
 from shared.worker.sim.arguments import resolve
@@ -103,7 +103,7 @@ def nodes_of(options: UpOptions) -> tuple[list[str], list[str]]:
 
 
 def plan(options: UpOptions, machine: Machine, model: Model, programs: Programs, place: Place) -> Plan:
-    """Raises Refusal when it does not fit, SettingsError when a service would refuse its settings."""
+    """Raises UserError when it does not fit, SettingsError when a service would refuse its settings."""
     rooms = _rooms(options, machine, model)
     _refuse_what_does_not_fit(options, machine, rooms)
     nats_port, *probe_ports = place.ports
@@ -280,7 +280,7 @@ def gpu_shares(machine: Machine, workers: int, engine_args: Mapping[str, Any]) -
     width = int(engine_args.get("tensor_parallel_size", 1)) * int(engine_args.get("pipeline_parallel_size", 1))
     groups = len(machine.gpus) // width
     if not groups:
-        raise Refusal(f"an engine needs {width} GPUs and there are {len(machine.gpus)}: lower tensor_parallel_size")
+        raise UserError(f"an engine needs {width} GPUs and there are {len(machine.gpus)}: lower tensor_parallel_size")
     names = [",".join(machine.gpus[n % groups * width : (n % groups + 1) * width]) for n in range(workers)]
     crowd = math.ceil(workers / groups)
     return names, 0.0 if crowd == 1 else math.floor(GPU_SHARE / crowd * 100) / 100
@@ -361,12 +361,12 @@ def _refuse_what_does_not_fit(options: UpOptions, machine: Machine, rooms: Rooms
     arenas = options.nodes * rooms.arena
     if arenas > machine.free_shm_bytes:
         which = "the KV arena needs" if options.nodes == 1 else f"the KV arenas of {options.nodes} nodes need"
-        raise Refusal(
+        raise UserError(
             f"shared memory has {_gib(machine.free_shm_bytes)} free in {options.shm_dir} and {which} "
             f"{_gib(arenas)}: enlarge it (docker: --shm-size), pass a smaller --arena-gib, or {shorter}"
         )
     if rooms.total > machine.free_memory_bytes:
-        raise Refusal(
+        raise UserError(
             f"this needs about {_gib(rooms.total)} of memory and {_gib(machine.free_memory_bytes)} is free: "
             f"start fewer {what}, pass a smaller --kv-gib or --arena-gib, or {shorter}"
         )

@@ -28,7 +28,7 @@ class Used(msgspec.Struct, kw_only=True):
             setattr(self, kind, getattr(self, kind) + getattr(other, kind))
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class UsageRow(msgspec.Struct, frozen=True, kw_only=True):
     day: str
     tenant: str
     model: str
@@ -55,7 +55,7 @@ async def write(redis: Redis, cluster: str, pending: Mapping[Place, Used]) -> No
     await pipe.execute()
 
 
-async def read(redis: Redis, cluster: str, days: Iterable[str]) -> list[Row]:
+async def read(redis: Redis, cluster: str, days: Iterable[str]) -> list[UsageRow]:
     """By day, then tenant, then model."""
     wanted = list(days)
     pipe = redis.pipeline(transaction=False)
@@ -69,5 +69,5 @@ async def read(redis: Redis, cluster: str, days: Iterable[str]) -> list[Row]:
             model, kind = rest.rsplit("\t", 1)
             if kind in KINDS:
                 setattr(found.setdefault((tenant, model), Used()), kind, int(count))
-        rows += [Row(day=day, tenant=who, model=model, used=used) for (who, model), used in sorted(found.items())]
+        rows += [UsageRow(day=day, tenant=who, model=model, used=used) for (who, model), used in sorted(found.items())]
     return rows

@@ -34,7 +34,7 @@ class Save:
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepCopy:
     """Store the full blocks of a request that has ended, for the next turn; its pages are held until that is done."""
 
     request: str  # the engine's id
@@ -47,5 +47,5 @@ class Keep:
 class StepPlan:
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
-    keeps: list[Keep] = field(default_factory=list)
+    keeps: list[KeepCopy] = field(default_factory=list)
     idle: bool = False  # nothing is computed in this step, so a load may be waited for

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from shared import wire
-from shared.kv.copies import Keep, Load, Page, Save, StepPlan
+from shared.kv.copies import KeepCopy, Load, Page, Save, StepPlan
 from shared.worker.engine import KvPlan
 
 IN_STEP_BYTES = 4 << 20  # of a rank, loaded within one step: a millisecond for those who run beside it
@@ -52,7 +52,7 @@ class CopyPlanner:
         self._unsaved: dict[str, set[int]] = {}
         self._lease_users: dict[str, int] = {}
         self._loads: list[Load] = []
-        self._keeps: list[Keep] = []
+        self._keeps: list[KeepCopy] = []
         self._kept: dict[str, int] = {}  # pages held, by ended request
 
     @property
@@ -190,7 +190,7 @@ class CopyPlanner:
             return False
         self._kept[request_id] = full
         packed = wire.pack_tokens(list(tokens[: full * self._block_size]))
-        self._keeps.append(Keep(request_id, bytes.fromhex(tracked.plan.salt), packed, block_ids[:full]))
+        self._keeps.append(KeepCopy(request_id, bytes.fromhex(tracked.plan.salt), packed, block_ids[:full]))
         return True
 
     def keeps_ended(self, request_ids: Iterable[str]) -> None:

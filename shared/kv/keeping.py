@@ -10,7 +10,7 @@ from shared.errors import BatonError, KvLost
 from shared.kv import messages
 from shared.kv.blocks import block_keys
 from shared.kv.copier import Copier
-from shared.kv.copies import Keep, Page, Save
+from shared.kv.copies import KeepCopy, Page, Save
 from shared.kv.messages import Geometry, Reserved
 from shared.kv.rank_client import RankClient
 
@@ -27,7 +27,7 @@ class Keeper:
         self._copier = copier
         self._geometry = geometry
 
-    def pieces(self, keep: Keep) -> Iterator[None]:
+    def pieces(self, keep: KeepCopy) -> Iterator[None]:
         """Each `next` copies a piece, so that others' copies can go between.
 
         Raises KvMemory when there is no room, KvLost when the store or the lease is gone: the rest is not kept.
@@ -39,7 +39,7 @@ class Keeper:
             commit = self._copier.copy_out(Save(arena, call.lease, pages[start : start + PIECE_BLOCKS]))
             self._client.commit(commit.lease, commit.blocks, commit.checksums, commit.started_ns)
 
-    def keep_all(self, keeps: Sequence[Keep]) -> None:
+    def keep_all(self, keeps: Sequence[KeepCopy]) -> None:
         """Many short ones at once: few calls to the store. What cannot be kept is left out."""
         try:
             arena, calls = self._arena(), [self._call(keep) for keep in keeps]
@@ -60,13 +60,13 @@ class Keeper:
             raise KvLost("the store is away")
         return arena
 
-    def _call(self, keep: Keep) -> messages.Keep:
+    def _call(self, keep: KeepCopy) -> messages.Keep:
         geometry = self._geometry
         keys = block_keys(keep.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=keep.salt)
         return messages.Keep(lease=f"{keep.request}-k", request=keep.request, keys=keys)
 
 
-def _missing(keep: Keep, found: Reserved) -> list[Page]:
+def _missing(keep: KeepCopy, found: Reserved) -> list[Page]:
     return [
         Page(block, keep.block_ids[block], found.slots[block], found.words[block])
         for block, committed in enumerate(found.committed)

@@ -37,7 +37,7 @@ class _Columns:
     prompt_logprobs: dict[str, list[wire.TokenLogprob | None]] = field(default_factory=dict)
 
 
-class Stream:
+class RowStream:
     """The rows of one (request, attempt), numbered from 0."""
 
     def __init__(self, batches: "Batches", gateway: str, request: str, attempt: int) -> None:
@@ -116,8 +116,8 @@ class Batches:
         self._wake = asyncio.Event()
         self._sending = asyncio.Lock()  # rows go out in order, whoever flushes
 
-    def open(self, gateway: str, request: str, attempt: int) -> Stream:
-        return Stream(self, gateway, request, attempt)
+    def open(self, gateway: str, request: str, attempt: int) -> RowStream:
+        return RowStream(self, gateway, request, attempt)
 
     def is_waiting(self, columns: _Columns, gateway: str) -> bool:
         """Not sent yet."""

@@ -71,7 +71,7 @@ def main(role: str) -> None:
         takes = takes_of(settings, role)
         telemetry.start_logs(role, settings.id, log_format=settings.log_format, level=settings.log_level)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(Worker(settings, role, takes).run())
+            code = runner.run(WorkerHost(settings, role, takes).run())
     except SettingsError as error:
         print(f"baton {role}: {error}", file=sys.stderr)
         code = 2
@@ -81,7 +81,7 @@ def main(role: str) -> None:
     sys.exit(code)
 
 
-class Worker:
+class WorkerHost:
     """Composition root and life of one worker process."""
 
     def __init__(self, settings: WorkerSettings, role: str, takes: list[str]) -> None:

@@ -16,7 +16,7 @@ from services.launcher import plan
 from shared import wire
 from shared.access import key_table, usage_table
 from shared.access.connection import open_redis
-from shared.access.usage_table import Row, Used
+from shared.access.usage_table import UsageRow, Used
 from shared.prefix_index import KEY_TTL_S, block_name, nodes_name
 from shared.telemetry import GATEWAY_REQUEST
 from tests.support.fake_workers import Script
@@ -411,7 +411,7 @@ async def test_what_was_taken_for_a_client_that_has_left_meanwhile_is_given_back
 # ---- what was used -----------------------------------------------------------------------------------------
 
 
-async def rows(server: RedisServer) -> list[Row]:
+async def rows(server: RedisServer) -> list[UsageRow]:
     redis = open_redis(server.url)
     try:
         return await usage_table.read(redis, "test", [usage_table.today()])
@@ -435,7 +435,7 @@ async def test_usage_is_kept_by_tenant_and_outlives_an_absence_of_redis(keyed, r
         assert running.sample("baton_tokens_total", tenant="beta", model=MODEL, kind="prompt") == 8
     day = usage_table.today()
     assert await rows(redis_server) == [
-        Row(day=day, tenant=who, model=MODEL, used=Used(requests=2, prompt=8, cached=6, completion=4))
+        UsageRow(day=day, tenant=who, model=MODEL, used=Used(requests=2, prompt=8, cached=6, completion=4))
         for who in ("acme", "beta")
     ]
     with Redis(unix_socket_path=str(redis_server.path)) as redis:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.gateway.access.figures import Figures
+from services.gateway.access.figures import AccessFigures
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.settings import GatewaySettings, WorkerSettings
@@ -112,7 +112,7 @@ async def test_whatever_is_bounded_has_a_gauge(cluster, tmp_path):
     assert {field for field in fields if field.startswith("max_")} == SETTINGS.keys()
     worker = WorkerMetrics()
     SpanSender("decode", "decode-0", worker.registry)
-    Figures(worker.registry).live(keys=int, buckets=int, waiting=int, pending=int)  # a gateway's with keys
+    AccessFigures(worker.registry).live(keys=int, buckets=int, waiting=int, pending=int)  # a gateway's with keys
     async with cluster.gateway() as running, running_store(tmp_path) as store:
         await cluster.add(running, "decode-0")
         shown = families(running.deps.metrics.registry) | families(worker.registry)

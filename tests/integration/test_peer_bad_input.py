@@ -88,7 +88,7 @@ async def test_a_source_that_cannot_prove_itself_is_refused(target: PeerNode) ->
         nonce = bytes(handshake.NONCE_BYTES)
         handshake._send(channel, handshake.Hello(format=frames.FORMAT, cluster="c", node="raw", nonce=nonce))
         handshake._receive(channel, handshake.Challenge)
-        handshake._send(channel, handshake.Answer(proof=bytes(32)))
+        handshake._send(channel, handshake.HandshakeAnswer(proof=bytes(32)))
         with pytest.raises(BadFrame) as bad:
             handshake._receive(channel, handshake.Welcome)
         channel.close()

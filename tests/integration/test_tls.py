@@ -14,7 +14,7 @@ import pytest
 
 from services.gateway.__main__ import check_https
 from services.launcher.key_store import RedisStore
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared import subjects, wire
 from shared.access.connection import open_redis
 from shared.bus import Bus
@@ -173,7 +173,7 @@ async def test_commands_about_keys_reach_it_too(
     authority: Authority, pair: Pair, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = RedisStore(redis_url, "c")
-    with pytest.raises(Refusal, match="Redis does not answer"):
+    with pytest.raises(UserError, match="Redis does not answer"):
         await asyncio.to_thread(store.read)
     for part, path in (("CA", authority.ca), ("CERT", pair.cert), ("KEY", pair.key)):
         monkeypatch.setenv(f"BATON_TLS_{part}", path)

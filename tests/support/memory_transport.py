@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from services.kv_transfer.peers.frames import CHECKSUM, Offer, checksums_of, joint_checksum
-from services.kv_transfer.peers.transport import Arrived, Block, SourceEar, Target, TargetEar
+from services.kv_transfer.peers.transport import Arrived, Block, PeerTarget, SourceEar, TargetEar
 
 
 class Exchange:
@@ -44,10 +44,10 @@ class MemoryIncoming:
     def __init__(self, owner: MemoryTransport, outgoing: "MemoryOutgoing") -> None:
         self.owner = owner
         self.peer = outgoing.owner.node
-        self.wanted: dict[int, tuple[int, dict[int, Target]]] = {}
+        self.wanted: dict[int, tuple[int, dict[int, PeerTarget]]] = {}
         self._outgoing = outgoing
 
-    def want(self, transfer: int, ranks: int, targets: dict[int, Target]) -> None:
+    def want(self, transfer: int, ranks: int, targets: dict[int, PeerTarget]) -> None:
         self.wanted[transfer] = (ranks, dict(targets))
         self._outgoing.soon(lambda: self._outgoing.ear.wanted(transfer, list(targets)))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import xxhash
 
 from services.kv_transfer.peers.frames import Offer, joint_checksum
-from services.kv_transfer.peers.transport import Arrived, Block, Incoming, Target
+from services.kv_transfer.peers.transport import Arrived, Block, Incoming, PeerTarget
 
 DEADLINE_S = 10.0
 SLOT_BYTES = 64 * 1024
@@ -56,7 +56,7 @@ class Source(Heard):
         self.tell()
 
 
-class Target_(Heard):  # noqa: N801 - Target is where a block belongs
+class Target_(Heard):  # noqa: N801 - PeerTarget is where a block belongs
     """A TargetEar that wants what `choose` says, each into memory of its own."""
 
     def __init__(self, choose: Callable[[Offer], list[int]] = lambda offer: list(range(len(offer.keys)))) -> None:
@@ -79,7 +79,7 @@ class Target_(Heard):  # noqa: N801 - Target is where a block belongs
         for position in self.choose(offer):
             self.memory[offer.transfer, position] = bytearray(offer.block_bytes)
             view = memoryview(self.memory[offer.transfer, position])
-            targets[position] = Target(view, lambda: self.is_held)
+            targets[position] = PeerTarget(view, lambda: self.is_held)
         link.want(offer.transfer, offer.ranks, targets)
         self.tell()
 

@@ -12,7 +12,7 @@ from services.kv_transfer.peers.frames import (
     FromTarget,
     Offer,
     Packer,
-    Pong,
+    PeerPong,
     Unpacker,
     Want,
     read_target,
@@ -61,7 +61,7 @@ class RawSource:
         return made
 
     def hear(self) -> FromTarget:
-        """The next thing that is no Pong."""
+        """The next thing that is no PeerPong."""
         while True:
             head_bytes = bytearray(HEADER.size)
             self.channel.receive(head_bytes)
@@ -69,7 +69,7 @@ class RawSource:
             body = bytearray(head.size)
             self.channel.receive(body)
             message = read_target(head, body)
-            if not isinstance(message, Pong):
+            if not isinstance(message, PeerPong):
                 return message
 
     def is_closed(self) -> bool:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from services.gateway.access.access import Bill, lacking, rate_headers, spent
 from services.gateway.access.buckets import PERIOD_S, Amount, Bucket, duration, reset_s, wait_s
 from services.gateway.access.client import ANONYMOUS
-from services.gateway.access.gateways import GONE_S, Gateways
+from services.gateway.access.gateways import GONE_S, GatewayCount
 from services.gateway.access.quotas import Taken
 from services.gateway.answer.render import Usage
 from shared.access.usage_table import Used
@@ -133,7 +133,7 @@ def test_what_a_request_costs_in_the_end(made, error, began, generated, used):
 
 
 def test_gateways_are_counted_by_their_beats():
-    gateways = Gateways()
+    gateways = GatewayCount()
     assert gateways.count() == 1
     gateways.hear("a", 0.0)
     gateways.hear("b", 0.1)
@@ -145,7 +145,7 @@ def test_gateways_are_counted_by_their_beats():
 
 
 def test_a_silent_bus_changes_no_count():
-    gateways = Gateways()
+    gateways = GatewayCount()
     gateways.hear("a", 0.0)
     gateways.hear("b", 0.0)
     assert gateways.count() == 2  # at any later time: only a beat of somebody else says that one has gone

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.gateway.access.figures import Figures
+from services.gateway.access.figures import AccessFigures
 from services.gateway.access.keyring import FileSource, Keyring
 from shared.access import key_file
 from shared.access.key import MAX_SECRET_CHARS, PREFIX, BadKey, Key, digest, new_id, new_secret
@@ -32,7 +32,7 @@ class Nowhere:
 
 
 def ring(keys) -> Keyring:
-    return Keyring(Nowhere(), Figures(CollectorRegistry()), keys)
+    return Keyring(Nowhere(), AccessFigures(CollectorRegistry()), keys)
 
 
 def test_a_secret_is_256_random_bits_and_is_kept_as_their_hash():

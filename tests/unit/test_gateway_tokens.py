@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from services.gateway.http.requests import Message
+from services.gateway.http.requests import ConversationMessage
 from services.gateway.http.tokenizer import INLINE_CHARACTERS, ChatTokenizer
 from shared.errors import InvalidRequest, SettingsError
 from tests.support.tiny_tokenizer import make_folder
@@ -21,14 +21,16 @@ def decode(tokenizer, ids):
 
 
 async def test_chat_renders_the_template_without_a_second_bos(tokenizer):
-    ids = await tokenizer.chat([Message(role="user", content="<b>é"), Message(role="assistant", content="yes")])
+    ids = await tokenizer.chat(
+        [ConversationMessage(role="user", content="<b>é"), ConversationMessage(role="assistant", content="yes")]
+    )
     # trim_blocks and lstrip_blocks, as transformers sets them
     assert decode(tokenizer, ids) == "<s><user><b>é</s>\n<assistant>yes</s>\n<assistant>"
 
 
 async def test_parts_are_joined(tokenizer):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    ids = await tokenizer.chat([Message(role="user", content=parts)])
+    ids = await tokenizer.chat([ConversationMessage(role="user", content=parts)])
     assert "<user>a\nb</s>" in decode(tokenizer, ids)
 
 
@@ -54,7 +56,7 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_its_count(tokenizer, len
     with pytest.raises(InvalidRequest, match="too long"):
         await tokenizer.text("a" * length, fits)
     with pytest.raises(InvalidRequest, match="too long"):
-        await tokenizer.chat([Message(role="user", content="a" * length)], fits)
+        await tokenizer.chat([ConversationMessage(role="user", content="a" * length)], fits)
     text, chat = counts
     assert text == length + 1
     assert chat > length
@@ -62,14 +64,16 @@ async def test_a_prompt_that_does_not_fit_is_refused_by_its_count(tokenizer, len
 
 async def test_a_template_may_refuse(tokenizer):
     with pytest.raises(InvalidRequest) as refused:
-        await tokenizer.chat([Message(role="developer", content="x")])
+        await tokenizer.chat([ConversationMessage(role="developer", content="x")])
     assert refused.value.param == "messages"
     assert "no developers here" in refused.value.message
 
 
 async def render(tmp_path, template, **values):
     tokenizer = ChatTokenizer.load(str(make_folder(tmp_path, template)))
-    return decode(tokenizer, await tokenizer.chat([Message(role="user", content=values.get("content", "x"))]))
+    return decode(
+        tokenizer, await tokenizer.chat([ConversationMessage(role="user", content=values.get("content", "x"))])
+    )
 
 
 async def test_tojson_does_not_escape_html(tmp_path):
@@ -90,13 +94,13 @@ async def test_a_template_file_wins(tmp_path):
     folder = make_folder(tmp_path)
     (folder / "chat_template.jinja").write_text("file")
     tokenizer = ChatTokenizer.load(str(folder))
-    assert decode(tokenizer, await tokenizer.chat([Message(role="user", content="x")])) == "file"
+    assert decode(tokenizer, await tokenizer.chat([ConversationMessage(role="user", content="x")])) == "file"
 
 
 async def test_no_template(tmp_path):
     tokenizer = ChatTokenizer.load(str(make_folder(tmp_path, None)))
     with pytest.raises(InvalidRequest, match="no chat template"):
-        await tokenizer.chat([Message(role="user", content="x")])
+        await tokenizer.chat([ConversationMessage(role="user", content="x")])
 
 
 async def test_truncation_in_the_file_is_not_ours(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from services.launcher.options import DEMO_NAME, UpOptions, given_settings, port_option, read_flags, up_options
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 
 
 def resolve(*argv: str, environ: dict[str, str] | None = None) -> UpOptions:
@@ -64,7 +64,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) ->
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], words: str) -> None:
-    with pytest.raises(Refusal, match=words.replace("/", "/")):
+    with pytest.raises(UserError, match=words.replace("/", "/")):
         resolve(environ=environ)
 
 
@@ -91,7 +91,7 @@ def test_a_wrong_setting_is_refused_by_name(environ: dict[str, str], words: str)
     ],
 )
 def test_what_is_not_offered_is_refused_in_one_line(argv: list[str], words: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         resolve(*argv)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -9,7 +9,7 @@ from services.launcher.machine import GIB, Machine, free_ports
 from services.launcher.model import Model, read_model
 from services.launcher.options import UpOptions
 from services.launcher.plan import Place, Plan, Process, core_shares, gpu_shares, plan, ports_needed, resolved
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from shared.errors import SettingsError
 
 LAPTOP = Machine(cores=((0,), (1,)), memory_bytes=16 * GIB, free_memory_bytes=12 * GIB, free_shm_bytes=8 * GIB)
@@ -64,7 +64,7 @@ def test_gateways_take_memory(engine: str) -> None:
     little = msgspec.structs.replace(LAPTOP, free_memory_bytes=needed + 2 * GIB)
     options = UpOptions(engine=engine, arena_gib=0.1, kv_gib=0.1)
     make(options, machine=little)
-    with pytest.raises(Refusal, match="start fewer workers or gateways"):
+    with pytest.raises(UserError, match="start fewer workers or gateways"):
         make(msgspec.structs.replace(options, gateways=64), machine=little)
 
 
@@ -171,7 +171,7 @@ def test_workers_on_one_gpu_share_its_memory_unless_told_otherwise() -> None:
 
 
 def test_too_few_gpus_are_refused() -> None:
-    with pytest.raises(Refusal, match="needs 4 GPUs and there are 1"):
+    with pytest.raises(UserError, match="needs 4 GPUs and there are 1"):
         gpu_shares(msgspec.structs.replace(LAPTOP, gpus=("0",)), 2, {"tensor_parallel_size": 4})
 
 
@@ -205,7 +205,7 @@ def test_little_shared_memory_makes_the_default_arena_smaller_while_two_prompts_
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(options: UpOptions, machine: dict[str, int], words: str) -> None:
-    with pytest.raises(Refusal) as refusal:
+    with pytest.raises(UserError) as refusal:
         make(options, msgspec.structs.replace(LAPTOP, **machine))
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -243,12 +243,12 @@ def test_a_models_kv_size_is_read_from_its_config(
 
 
 def test_what_is_not_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="there is no model folder"):
+    with pytest.raises(UserError, match="there is no model folder"):
         read_model(str(tmp_path / "nothing"))
-    with pytest.raises(Refusal, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         read_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_model(str(tmp_path))
 
 
@@ -275,7 +275,7 @@ def test_sim_workers_are_not_pinned_and_get_no_arguments_of_vllms() -> None:
 
 def test_sim_workers_are_small() -> None:
     small = msgspec.structs.replace(LAPTOP, memory_bytes=4 * GIB, free_memory_bytes=3 * GIB)
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         make(UpOptions(), machine=small)
     assert len(make(sim(), machine=small).processes) == 6
 
@@ -290,7 +290,7 @@ def test_without_kv_the_arena_holds_as_many_blocks_in_less_room() -> None:
 
 
 def test_kv_of_true_size_needs_its_room() -> None:
-    with pytest.raises(Refusal, match="max_model_len"):
+    with pytest.raises(UserError, match="max_model_len"):
         make(sim(engine_args={"kv_bytes_per_token": True, "max_model_len": 16384}))
     made = make(sim(engine_args={"kv_bytes_per_token": True, "max_model_len": 2048}, decode=1))
     assert one(made, "kv-0").settings["arena_gib"] * GIB >= 2 * 2048 * 327680

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.observe.costs import Costs
-from services.gateway.observe.replicas import MEMORY_S, Line, Replicas
+from services.gateway.observe.replicas import MEMORY_S, Replicas, WaitingLine
 from services.gateway.scheduling.members import QUIET_S, Members
 from services.gateway.scheduling.predict import Worker
 from shared import wire
@@ -18,7 +18,7 @@ from shared.histogram import LoopHistogram
 from shared.settings import Prices
 
 BUCKETS = (0.001, 0.01, 0.5, 2.0)
-NO_LINE = Line(prompts=0, tokens=0)
+NO_LINE = WaitingLine(prompts=0, tokens=0)
 
 # ---- pages ---------------------------------------------------------------------------------------------------
 
@@ -92,14 +92,14 @@ def test_a_pool_that_is_idle_keeps_one_and_one_that_is_not_needed_none():
 def test_what_waits_calls_for_as_many_as_compute_it_within_the_target():
     one = replicas()
     pool = [heard("prefill", 0, prefill_tokens_per_s=1000.0, backlog={"queued_prompts": 1, "queued_tokens": 1000})]
-    one.see(pool, Line(prompts=9, tokens=9000), 1.0)
+    one.see(pool, WaitingLine(prompts=9, tokens=9000), 1.0)
     assert one.wanted["prefill"] == 5  # 10,000 tokens in 2 s at 1,000/s
 
 
 def test_decode_follows_sequences_and_kv_memory():
     one = replicas()
     full = [heard("decode", n, max_running=10, backlog={"running": 10}) for n in range(2)]
-    one.see(full, Line(prompts=20, tokens=0), 1.0)
+    one.see(full, WaitingLine(prompts=20, tokens=0), 1.0)
     assert one.wanted["decode"] == 4
     other = replicas()
     other.see([heard("decode", 0, max_running=100, kv_usage=0.9, backlog={"running": 1})], NO_LINE, 1.0)
@@ -109,7 +109,7 @@ def test_decode_follows_sequences_and_kv_memory():
 def test_it_rises_at_once_and_falls_slowly():
     one = replicas()
     idle = [heard("prefill", 0, prefill_tokens_per_s=1000.0)]
-    one.see(idle, Line(prompts=1, tokens=20_000), 1.0)
+    one.see(idle, WaitingLine(prompts=1, tokens=20_000), 1.0)
     assert one.wanted["prefill"] == 10
     one.see(idle, NO_LINE, 1.0 + MEMORY_S / 10)
     assert 8 <= one.wanted["prefill"] <= 10

@@ -13,8 +13,8 @@ from services.kv_transfer.peers.frames import (
     Head,
     Offer,
     Packer,
-    Ping,
-    Pong,
+    PeerPing,
+    PeerPong,
     Stop,
     Unpacker,
     Want,
@@ -34,12 +34,12 @@ offers = st.builds(
     keys=st.lists(st.binary(max_size=16), max_size=5),
 )
 from_source = st.one_of(
-    offers, st.builds(Stop, transfer=st.integers(0, 2**32 - 1), lost=st.booleans()), st.just(Ping())
+    offers, st.builds(Stop, transfer=st.integers(0, 2**32 - 1), lost=st.booleans()), st.just(PeerPing())
 )
 from_target = st.one_of(
     st.builds(Want, transfer=st.integers(0, 2**32), positions=st.lists(st.integers(0, 2**32), max_size=5)),
     st.builds(Ended, transfer=st.integers(0, 2**32), reason=st.sampled_from(["", *frames.REASONS])),
-    st.just(Pong()),
+    st.just(PeerPong()),
 )
 
 
@@ -107,14 +107,14 @@ def test_a_part_of_a_frame_is_seen(message: frames.FromSource, data: st.DataObje
 
 def test_what_is_repeated_left_out_or_moved_is_seen() -> None:
     packer = Packer(SEED)
-    first, second, third = (packer.control(Ping()) for _ in range(3))
+    first, second, third = (packer.control(PeerPing()) for _ in range(3))
     for order in ([first, first], [first, third], [second]):
         unpacker = Unpacker(SEED)
         assert [reason(frame, unpacker) for frame in order][-1] == frames.SEQUENCE
 
 
 def test_a_frame_of_another_connection_is_seen() -> None:
-    assert reason(Packer(SEED + 1).control(Ping()), Unpacker(SEED)) == frames.HEADER_DAMAGED
+    assert reason(Packer(SEED + 1).control(PeerPing()), Unpacker(SEED)) == frames.HEADER_DAMAGED
 
 
 def test_sizes_have_limits() -> None:

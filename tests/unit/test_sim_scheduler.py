@@ -9,7 +9,7 @@ from shared.kv.copy_planner import CopyPlanner
 from shared.worker.engine import KvPlan
 from shared.worker.sim.blocks import BlockPool
 from shared.worker.sim.contents import Contents
-from shared.worker.sim.scheduler import Limits, Scheduler, Sequence, Step
+from shared.worker.sim.scheduler import Scheduler, SchedulerLimits, Sequence, Step
 
 BLOCK = 4
 
@@ -27,7 +27,7 @@ class Bench:
         self.pool = BlockPool(self.blocks)
         self.planner = CopyPlanner(BLOCK, keep_limit=0, in_step_limit=self.in_step)
         self.contents = Contents("test", BLOCK)
-        limits = Limits(max_running=self.running, token_budget=self.budget, prefix_caching=self.caching)
+        limits = SchedulerLimits(max_running=self.running, token_budget=self.budget, prefix_caching=self.caching)
         self.scheduler = Scheduler(limits, self.pool, self.planner, self.contents)
         self.sequences: dict[str, Sequence] = {}
         self.ended: list[str] = []
@@ -131,7 +131,7 @@ def test_who_catches_up_does_so_in_chunks_however_small() -> None:
     while "a" not in bench.ended:
         bench.step()
     assert len(bench.sequences["b"].tokens) == 9
-    bench.scheduler._limits = Limits(max_running=8, token_budget=8)
+    bench.scheduler._limits = SchedulerLimits(max_running=8, token_budget=8)
     assert [shown(bench.step()) for _ in range(2)] == [["b 0-8"], ["b 8-9"]]
 
 

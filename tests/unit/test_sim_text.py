@@ -10,7 +10,7 @@ from shared import wire
 from shared.errors import SettingsError
 from shared.worker.sim.arguments import resolve
 from shared.worker.sim.oracle import Oracle
-from shared.worker.sim.text import Sampler, Stops, TokenTable
+from shared.worker.sim.text import Stops, TokenSampler, TokenTable
 from tests.support.tiny_tokenizer import make_folder
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -50,7 +50,7 @@ def test_the_next_token_depends_on_state_excess_seed_and_choice() -> None:
     plain = wire.Sampling(max_tokens=1)
 
     def ten(sampling: wire.Sampling, choice: int = 0, excess: int = 0) -> list[int]:
-        sampler = Sampler(table, sampling, choice)
+        sampler = TokenSampler(table, sampling, choice)
         return [sampler.next(state * 7, excess) for state in range(10)]
 
     variants = [ten(plain), ten(plain, 1), ten(plain, 0, 1), ten(msgspec.structs.replace(plain, seed=1))]
@@ -60,10 +60,10 @@ def test_the_next_token_depends_on_state_excess_seed_and_choice() -> None:
 
 def test_below_min_tokens_no_stop_token_is_drawn() -> None:
     table = table_of("a", "b", "c")
-    sampler = Sampler(table, wire.Sampling(max_tokens=1, stop_token_ids=[0, 2]), 0)
+    sampler = TokenSampler(table, wire.Sampling(max_tokens=1, stop_token_ids=[0, 2]), 0)
     assert {sampler.next(state, 0, may_stop=False) for state in range(50)} == {1}
     assert {sampler.next(state * 977, 0) for state in range(50)} == {0, 1, 2}
-    hopeless = Sampler(table, wire.Sampling(max_tokens=1, stop_token_ids=[0, 1, 2]), 0)
+    hopeless = TokenSampler(table, wire.Sampling(max_tokens=1, stop_token_ids=[0, 1, 2]), 0)
     assert hopeless.next(5, 0, may_stop=False) in (0, 1, 2)
 
 

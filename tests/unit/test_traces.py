@@ -12,7 +12,7 @@ from services.gateway.observe.traces import export as exports
 from services.gateway.observe.traces import view
 from services.gateway.observe.traces.book import TraceBook
 from services.gateway.observe.traces.export import OtlpExport, from_environment
-from services.gateway.observe.traces.sampling import Bucket, Ending, Sampler
+from services.gateway.observe.traces.sampling import Ending, Sampler, TraceAllowance
 from shared import spans, telemetry, wire
 from shared.errors import Internal, SettingsError
 
@@ -48,7 +48,7 @@ def ending(**fields) -> Ending:
 
 
 def test_a_bucket_gives_what_it_gets():
-    bucket = Bucket(2.0)
+    bucket = TraceAllowance(2.0)
     assert sum(bucket.take(100.0) for _ in range(50)) == 20
     assert sum(bucket.take(101.0) for _ in range(50)) == 2
 

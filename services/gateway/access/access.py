@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 
 from services.gateway.access.buckets import Amount, duration, reset_s
 from services.gateway.access.client import ANONYMOUS, Client
-from services.gateway.access.figures import Figures
-from services.gateway.access.gateways import Gateways
+from services.gateway.access.figures import AccessFigures
+from services.gateway.access.gateways import GatewayCount
 from services.gateway.access.keyring import FileSource, Keyring, TableSource
 from services.gateway.access.quotas import Quotas, Taken
 from services.gateway.access.shared_buckets import SharedBuckets
@@ -61,7 +61,7 @@ class Parts:
 
     redis: Redis
     keyring: Keyring
-    gateways: Gateways
+    gateways: GatewayCount
     quotas: Quotas
     usage: UsageLog
 
@@ -78,9 +78,9 @@ class Access:
         """Raises SettingsError for a file that cannot be used."""
         if not settings.keys:
             return cls()
-        figures = Figures(registry)
+        figures = AccessFigures(registry)
         redis = open_redis(settings.redis_url, tls=settings.tls)
-        gateways = Gateways()
+        gateways = GatewayCount()
         shared = SharedBuckets(redis, settings.cluster)
         parts = Parts(
             redis=redis,
@@ -157,7 +157,7 @@ class Access:
                 self._chores.start(self.parts.quotas.give(self._chores, bill.client, back, shared=bill.shared))
 
 
-def _keyring(settings: GatewaySettings, redis: Redis, figures: Figures) -> Keyring:
+def _keyring(settings: GatewaySettings, redis: Redis, figures: AccessFigures) -> Keyring:
     if settings.keys == IN_REDIS:
         return Keyring(TableSource(redis, settings.cluster), figures)
     try:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
-class Figures:
+class AccessFigures:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self.stale = Gauge(

@@ -7,7 +7,7 @@ even this gateway itself, the bus stands still and the last count stays.
 GONE_S = 2.0  # ten beats
 
 
-class Gateways:
+class GatewayCount:
     def __init__(self) -> None:
         self._heard_at: dict[str, float] = {}
 

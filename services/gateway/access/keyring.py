@@ -15,7 +15,7 @@ from typing import Protocol
 from redis.asyncio import Redis
 
 from services.gateway.access.client import Client
-from services.gateway.access.figures import Figures
+from services.gateway.access.figures import AccessFigures
 from shared.access import key_file, key_table
 from shared.access.connection import AWAY
 from shared.access.key import MAX_SECRET_CHARS, BadKey, Key, digest
@@ -82,7 +82,7 @@ class TableSource:
 
 
 class Keyring:
-    def __init__(self, source: Source, figures: Figures, keys: Sequence[Key] | None = None) -> None:
+    def __init__(self, source: Source, figures: AccessFigures, keys: Sequence[Key] | None = None) -> None:
         """`keys`: None where none could be read yet."""
         self._source = source
         self._figures = figures

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from services.gateway.access.buckets import Amount, Bucket, wait_s
 from services.gateway.access.client import Client
-from services.gateway.access.figures import Figures
-from services.gateway.access.gateways import Gateways
-from services.gateway.access.shared_buckets import Answer, SharedBuckets
+from services.gateway.access.figures import AccessFigures
+from services.gateway.access.gateways import GatewayCount
+from services.gateway.access.shared_buckets import BucketAnswer, SharedBuckets
 from services.gateway.background import BackgroundTasks
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Taken:
 
 
 class Quotas:
-    def __init__(self, shared: SharedBuckets, gateways: Gateways, figures: Figures) -> None:
+    def __init__(self, shared: SharedBuckets, gateways: GatewayCount, figures: AccessFigures) -> None:
         self._shared = shared
         self._gateways = gateways
         self._figures = figures
@@ -74,7 +74,7 @@ class Quotas:
 
     async def _ask(
         self, chores: BackgroundTasks, client: Client, amount: Amount, *, gives: bool = False
-    ) -> Answer | None:
+    ) -> BucketAnswer | None:
         probes = self._probing = self._away_until is not None
         try:
             answer = await self._shared.ask(chores, client.key_id, client.limits, amount, gives=gives)

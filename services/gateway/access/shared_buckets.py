@@ -50,17 +50,17 @@ return {allowed, left[1], left[2]}
 """
 
 
-class Answer(NamedTuple):
+class BucketAnswer(NamedTuple):
     allowed: bool
     left: Amount
 
 
-class Question(NamedTuple):
+class BucketQuestion(NamedTuple):
     key_id: str
     limits: Amount
     amount: Amount
     gives: bool
-    answer: "asyncio.Future[Answer | None]"
+    answer: "asyncio.Future[BucketAnswer | None]"
 
 
 def bucket_name(cluster: str, key_id: str) -> str:
@@ -71,7 +71,7 @@ class SharedBuckets:
     def __init__(self, redis: Redis, cluster: str) -> None:
         self._redis = redis
         self._cluster = cluster
-        self._waiting: list[Question] = []  # bounded by the requests that this gateway lets in
+        self._waiting: list[BucketQuestion] = []  # bounded by the requests that this gateway lets in
         self._asking = False
 
     def __len__(self) -> int:
@@ -79,10 +79,10 @@ class SharedBuckets:
 
     async def ask(
         self, chores: BackgroundTasks, key_id: str, limits: Amount, amount: Amount, *, gives: bool = False
-    ) -> Answer | None:
+    ) -> BucketAnswer | None:
         """Take `amount`, or give it back. None: Redis is away."""
-        answer: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Question(key_id, limits, amount, gives, answer))
+        answer: asyncio.Future[BucketAnswer | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(BucketQuestion(key_id, limits, amount, gives, answer))
         if not self._asking:
             chores.start(self._ask_all())
             self._asking = True
@@ -90,7 +90,7 @@ class SharedBuckets:
 
     async def _ask_all(self) -> None:
         """Until nobody waits."""
-        batch: list[Question] = []
+        batch: list[BucketQuestion] = []
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
@@ -103,7 +103,7 @@ class SharedBuckets:
                 if not question.answer.done():
                     question.answer.set_result(None)
 
-    async def _ask(self, batch: list[Question]) -> list[Answer | None]:
+    async def _ask(self, batch: list[BucketQuestion]) -> list[BucketAnswer | None]:
         pipe = self._redis.pipeline(transaction=False)
         for one in batch:
             what = "give" if one.gives else "take"
@@ -114,19 +114,19 @@ class SharedBuckets:
         except AWAY:
             return [None] * len(batch)
 
-    def _tell(self, question: Question, answer: Answer | None) -> None:
+    def _tell(self, question: BucketQuestion, answer: BucketAnswer | None) -> None:
         if not question.answer.done():
             question.answer.set_result(answer)
         elif answer is not None and answer.allowed and not question.gives:
-            nobody: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
+            nobody: asyncio.Future[BucketAnswer | None] = asyncio.get_running_loop().create_future()
             self._waiting.append(question._replace(gives=True, answer=nobody))
 
 
-def _answer(found: Any) -> Answer | None:
+def _answer(found: Any) -> BucketAnswer | None:
     if isinstance(found, Exception):  # Redis lives and cannot: it is full, or only a replica
         return None
     allowed, requests, tokens = found
-    return Answer(bool(allowed), Amount(float(requests), float(tokens)))
+    return BucketAnswer(bool(allowed), Amount(float(requests), float(tokens)))
 
 
 async def patiently(work: Coroutine[Any, Any, T], seconds: float) -> T:

@@ -10,7 +10,7 @@ import logging
 
 from redis.asyncio import Redis
 
-from services.gateway.access.figures import Figures
+from services.gateway.access.figures import AccessFigures
 from shared.access import usage_table
 from shared.access.connection import AWAY
 from shared.access.usage_table import Place, Used
@@ -22,7 +22,7 @@ MAX_PENDING = 10_000
 
 
 class UsageLog:
-    def __init__(self, redis: Redis, cluster: str, figures: Figures, *, max_pending: int = MAX_PENDING) -> None:
+    def __init__(self, redis: Redis, cluster: str, figures: AccessFigures, *, max_pending: int = MAX_PENDING) -> None:
         self._redis = redis
         self._cluster = cluster
         self._figures = figures

@@ -33,7 +33,7 @@ CONNECTION = "baton.connection"  # scope key: the Connection that the request ca
 RETRY_AFTER_S = 1.0
 
 
-class Traffic:
+class ConnectionFigures:
     """What this gateway's connections have in common."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -62,7 +62,7 @@ class Limits:
     header_s: float  # for a complete head
     write_s: float  # that a client may take no bytes
     max_connections: int
-    traffic: Traffic = field(compare=False)
+    traffic: ConnectionFigures = field(compare=False)
 
 
 class _Part(enum.Enum):

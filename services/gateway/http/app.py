@@ -20,7 +20,7 @@ from services.gateway.gateway import Gateway, not_ready
 from services.gateway.http import document
 from services.gateway.http.entry import handle
 from services.gateway.http.gate import CLIENT, gated
-from services.gateway.http.requests import Body, ChatBody, CompletionBody
+from services.gateway.http.requests import ChatBody, CompletionBody, RequestBody
 from services.gateway.http.tokenizer import ChatTokenizer
 from services.gateway.observe.dashboard import routes as dashboard
 from services.gateway.observe.traces.routes import add_routes
@@ -29,7 +29,7 @@ from shared.version import VERSION
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-HOT: dict[str, type[Body]] = {CHAT: ChatBody, COMPLETIONS: CompletionBody}
+HOT: dict[str, type[RequestBody]] = {CHAT: ChatBody, COMPLETIONS: CompletionBody}
 
 
 class Front:

@@ -16,7 +16,7 @@ from typing import Any
 from services.gateway.answer.connection import CONNECTION
 from services.gateway.answer.render import Form, PromptShown
 from services.gateway.http import pieces, reading
-from services.gateway.http.requests import Body, ChatBody, CompletionBody
+from services.gateway.http.requests import ChatBody, CompletionBody, RequestBody
 from services.gateway.http.tokenizer import ChatTokenizer
 from services.gateway.request import finish, pipeline
 from services.gateway.request.context import Deps, RequestContext, Stage, abort
@@ -46,7 +46,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 RETRY_AFTER_S = 1.0
 
 
-async def handle(deps: Deps, tokenizer: ChatTokenizer, kind: type[Body], scope: Message, receive: Receive) -> None:
+async def handle(
+    deps: Deps, tokenizer: ChatTokenizer, kind: type[RequestBody], scope: Message, receive: Receive
+) -> None:
     """The boundary: one request, from its head to the last word that is said of it."""
     ctx = begin(deps, kind, scope)
     error: BatonError | None = None
@@ -70,7 +72,7 @@ async def handle(deps: Deps, tokenizer: ChatTokenizer, kind: type[Body], scope: 
             finish.close(ctx, deps, error)
 
 
-def begin(deps: Deps, kind: type[Body], scope: Message) -> RequestContext:
+def begin(deps: Deps, kind: type[RequestBody], scope: Message) -> RequestContext:
     id_, now = secrets.token_hex(16), time.monotonic()
     ctx = RequestContext(
         id=id_,
@@ -144,7 +146,7 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 # ---- check -----------------------------------------------------------------------------------------------------
 
 
-async def check(ctx: RequestContext, deps: Deps, kind: type[Body], data: bytes) -> Body:
+async def check(ctx: RequestContext, deps: Deps, kind: type[RequestBody], data: bytes) -> RequestBody:
     """What the client asks for, and that its key may ask for it. Raises a RequestError that names the parameter."""
     settings = deps.settings
     body = await pieces.read(kind, data, model=deps.model, max_n=settings.max_n, max_prompts=settings.max_prompts)
@@ -160,7 +162,7 @@ async def check(ctx: RequestContext, deps: Deps, kind: type[Body], data: bytes) 
 # ---- tokenise --------------------------------------------------------------------------------------------------
 
 
-async def tokenise(ctx: RequestContext, deps: Deps, tokenizer: ChatTokenizer, body: Body) -> None:
+async def tokenise(ctx: RequestContext, deps: Deps, tokenizer: ChatTokenizer, body: RequestBody) -> None:
     """Every prompt as token ids that fit the model, with what is known of where their KV is."""
     shown = await _prompts(deps, tokenizer, body)
     named = {param: prompt.tokens for param, prompt in shown.items()}
@@ -208,7 +210,7 @@ async def tokenise(ctx: RequestContext, deps: Deps, tokenizer: ChatTokenizer, bo
         )
 
 
-async def _prompts(deps: Deps, tokenizer: ChatTokenizer, body: Body) -> dict[str, PromptShown]:
+async def _prompts(deps: Deps, tokenizer: ChatTokenizer, body: RequestBody) -> dict[str, PromptShown]:
     """By the parameter that an error would name."""
     context = deps.fleet.max_model_len
 
@@ -236,7 +238,7 @@ async def _prompts(deps: Deps, tokenizer: ChatTokenizer, body: Body) -> dict[str
     return prompts
 
 
-def _limit(deps: Deps, body: Body, tokens: list[int], param: str) -> int:
+def _limit(deps: Deps, body: RequestBody, tokens: list[int], param: str) -> int:
     context = deps.fleet.max_model_len
     limit = fit(len(tokens), body.limit(), context, prompt_param=param, limit_param=body.limit_param())
     reading.check_limit(body, limit)

@@ -15,10 +15,18 @@ import msgspec
 from pydantic import Field, TypeAdapter, ValidationError
 
 from services.gateway.http import reading
-from services.gateway.http.requests import Body, ChatBody, CompletionBody, FailFast, Message, TextPart, TokenId
+from services.gateway.http.requests import (
+    ChatBody,
+    CompletionBody,
+    ConversationMessage,
+    FailFast,
+    RequestBody,
+    TextPart,
+    TokenId,
+)
 from shared.errors import InvalidRequest
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=RequestBody)
 
 WHOLE_BYTES = 64 * 1024  # bodies up to here are checked on the loop: 1 ms at most
 PIECE_BYTES = 16 * 1024  # of messages or ids at once, about 1 ms; one long text is one piece, and quick
@@ -26,21 +34,21 @@ MAX_REST_BYTES = 128 * 1024  # of all other parameters: these are not cut
 MAX_FIELDS = 1000
 MAX_ITEMS = 8192  # messages, or parts of one; no smaller body has so many
 
-_MESSAGES: TypeAdapter[list[Message]] = TypeAdapter(FailFast[Message])
+_MESSAGES: TypeAdapter[list[ConversationMessage]] = TypeAdapter(FailFast[ConversationMessage])
 _PARTS: TypeAdapter[list[TextPart]] = TypeAdapter(FailFast[TextPart])
 _IDS: TypeAdapter[list[int]] = TypeAdapter(FailFast[Annotated[TokenId, Field(strict=True)]])
 _TEXTS: TypeAdapter[list[str]] = TypeAdapter(FailFast[Annotated[str, Field(strict=True)]])
 _NOTHING = msgspec.Raw()
 
 
-def _known(kind: type[Body]) -> type[msgspec.Struct]:
+def _known(kind: type[RequestBody]) -> type[msgspec.Struct]:
     """Its parameters as they came; unknown ones are skipped."""
     names = {field.alias or name for name, field in kind.model_fields.items()} | reading.UNSUPPORTED.keys()
     return msgspec.defstruct(f"Raw{kind.__name__}", [(name, msgspec.Raw, _NOTHING) for name in sorted(names)])
 
 
-_KNOWN: dict[type[Body], type[msgspec.Struct]] = {kind: _known(kind) for kind in (ChatBody, CompletionBody)}
-_LONG: dict[type[Body], tuple[str, bytes]] = {  # the parameter that is cut, and what stands for it meanwhile
+_KNOWN: dict[type[RequestBody], type[msgspec.Struct]] = {kind: _known(kind) for kind in (ChatBody, CompletionBody)}
+_LONG: dict[type[RequestBody], tuple[str, bytes]] = {  # the parameter that is cut, and what stands for it meanwhile
     ChatBody: ("messages", b'[{"role":"user","content":""}]'),
     CompletionBody: ("prompt", b"[0]"),
 }
@@ -95,8 +103,8 @@ def _check_rest(data: bytes, long: memoryview, name: str, known: dict[str, msgsp
         raise InvalidRequest("the body has too many parameters")
 
 
-def _messages(raw: memoryview) -> list[Message]:
-    messages: list[Message] = []
+def _messages(raw: memoryview) -> list[ConversationMessage]:
+    messages: list[ConversationMessage] = []
     items = _items(raw, MAX_ITEMS)
     for piece in _pieces(items):
         try:
@@ -112,7 +120,7 @@ def _messages(raw: memoryview) -> list[Message]:
     return messages
 
 
-def _long_message(raw: memoryview, index: int) -> Message:
+def _long_message(raw: memoryview, index: int) -> ConversationMessage:
     """Its parts are cut, too. Raises ValidationError for what the rest of it is."""
     content = memoryview(b"")
     if _opens(raw) == b"{":

@@ -1,4 +1,4 @@
-"""Bytes of a request body -> a checked Body, or an error that names the parameter.
+"""Bytes of a request body -> a checked RequestBody, or an error that names the parameter.
 
 Invariants: a body that passes is one that vLLM accepts, except for its length, which needs the tokeniser; every
 refusal names the parameter where there is one; nothing a client sent is repeated in an error.
@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from services.gateway.http.requests import Body, ChatBody, CompletionBody
+from services.gateway.http.requests import ChatBody, CompletionBody, RequestBody
 from shared.errors import InvalidRequest, ModelNotFound, RequestError, UnsupportedParameter
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=RequestBody)
 
 GREEDY_BELOW = 1e-5  # vLLM treats a lower temperature as greedy
 
@@ -95,7 +95,7 @@ def _path(location: tuple[int | str, ...], path: str = "") -> str:
     return path
 
 
-def _check_extras(body: Body) -> None:
+def _check_extras(body: RequestBody) -> None:
     for name, value in (body.model_extra or {}).items():
         if value is None:
             continue
@@ -110,7 +110,7 @@ def shown(name: str) -> str:
     return name if name.isidentifier() and len(name) <= 64 else "a parameter"
 
 
-def _check_together(body: Body, max_n: int) -> None:
+def _check_together(body: RequestBody, max_n: int) -> None:
     """What one field's type cannot say."""
     n = body.n or 1
     limit = body.limit()
@@ -148,7 +148,7 @@ def _check_completion(body: CompletionBody, max_prompts: int) -> None:
         raise InvalidRequest("max_tokens: must be at least 1 unless 'echo' is true", param="max_tokens")
 
 
-def check_limit(body: Body, limit: int) -> None:
+def check_limit(body: RequestBody, limit: int) -> None:
     """`limit`: tokens that may be generated, now that the prompt's length is known."""
     if (body.min_tokens or 0) > limit:
         raise InvalidRequest(f"min_tokens: at most {limit} tokens fit", param="min_tokens")
@@ -162,7 +162,7 @@ def empty(param: str) -> InvalidRequest:
     return InvalidRequest(f"{param}: must not be empty", param=param)
 
 
-def check_token_ids(body: Body, prompts: dict[str, list[int]], vocabulary: int) -> None:
+def check_token_ids(body: RequestBody, prompts: dict[str, list[int]], vocabulary: int) -> None:
     """Ids that the model does not have would fail inside the engine. `prompts`: by the name that an error gives."""
     given: dict[str, Any] = {
         **prompts,

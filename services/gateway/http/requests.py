@@ -42,7 +42,7 @@ class TextPart(_Strict):
     text: str
 
 
-class Message(_Strict):
+class ConversationMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | FailFast[TextPart]
     name: str | None = None
@@ -101,7 +101,7 @@ class ResponseFormat(_Strict):
         return {"json_object": True} if self.type == "json_object" else {}
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """What both endpoints take. null means: not given."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
@@ -212,8 +212,8 @@ class Body(BaseModel):
         )
 
 
-class ChatBody(Body):
-    messages: Annotated[FailFast[Message], Field(min_length=1)]
+class ChatBody(RequestBody):
+    messages: Annotated[FailFast[ConversationMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -238,7 +238,7 @@ def _prompt_kind(value: Any) -> str:
     return "many-texts" if isinstance(first, str) else "one-list"
 
 
-class CompletionBody(Body):
+class CompletionBody(RequestBody):
     prompt: Annotated[
         Annotated[str, Tag("one-text")]
         | Annotated[FailFast[TokenId], Tag("one-list")]

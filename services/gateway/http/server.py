@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 
-from services.gateway.answer.connection import Connection, Limits, Traffic, room
+from services.gateway.answer.connection import Connection, ConnectionFigures, Limits, room
 from services.gateway.gateway import Gateway
 from services.gateway.http.app import Front
 from services.gateway.http.tokenizer import ChatTokenizer
@@ -23,7 +23,7 @@ def make_server(gateway: Gateway, tokenizer: ChatTokenizer) -> uvicorn.Server:
     max_connections = room(settings.max_connections)
     if max_connections < settings.max_connections:
         log.warning("the limit on open files leaves room for %d connections", max_connections)
-    traffic = Traffic(gateway.deps.metrics.registry)
+    traffic = ConnectionFigures(gateway.deps.metrics.registry)
     limits = Limits(
         header_s=settings.header_s, write_s=settings.write_s, max_connections=max_connections, traffic=traffic
     )

@@ -16,7 +16,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from services.gateway.http.requests import Message
+from services.gateway.http.requests import ConversationMessage
 from shared.errors import InvalidRequest, SettingsError
 from shared.model_files import model_folder, read_json, read_tokenizer, vocabulary_size
 
@@ -62,7 +62,7 @@ class ChatTokenizer:
         names = {name: _token_text(special[name]) for name in SPECIAL_TOKENS if special.get(name)}
         return cls(tokenizer, _template_text(folder, config), names, vocabulary_size(folder, tokenizer))
 
-    async def chat(self, messages: list[Message], fits: Fits = _any_length) -> list[int]:
+    async def chat(self, messages: list[ConversationMessage], fits: Fits = _any_length) -> list[int]:
         """The prompt of a conversation. Raises InvalidRequest when the template refuses it, and what `fits` raises."""
         many = len(messages) > INLINE_MESSAGES
         size = INLINE_CHARACTERS + 1 if many else sum(len(message.text()) for message in messages)
@@ -87,7 +87,7 @@ class ChatTokenizer:
         ids: list[int] = encoded.ids
         return ids
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, messages: list[ConversationMessage]) -> str:
         if self._template is None:
             raise InvalidRequest("messages: this model has no chat template; use /v1/completions", param="messages")
         conversation = [

@@ -109,7 +109,7 @@ class Metrics:
             "baton_body_bytes", "Of request bodies that are arriving or being checked", registry=self.registry
         ).set_function(body_bytes)
         self.registry.register(_Workers(workers))
-        self.registry.register(_Wanted(wanted))
+        self.registry.register(_WantedReplicas(wanted))
         self.registry.register(costs)
         most = Gauge("baton_limit", "The most there may be", ("of",), registry=self.registry)
         for of, limit in limits.items():
@@ -162,7 +162,7 @@ class _Workers(Collector):
         return [family]
 
 
-class _Wanted(Collector):
+class _WantedReplicas(Collector):
     def __init__(self, wanted: Callable[[], dict[str, int]]) -> None:
         self._wanted = wanted
 

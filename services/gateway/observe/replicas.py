@@ -16,7 +16,7 @@ MEMORY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class WaitingLine:
     """What waits at the gateways."""
 
     prompts: int
@@ -44,7 +44,7 @@ class Replicas:
     wanted: dict[str, int] = field(default_factory=dict)
     _busy: dict[str, _Busy] = field(default_factory=dict)
 
-    def see(self, heard: Iterable[Worker], line: Line, now: float) -> None:
+    def see(self, heard: Iterable[Worker], line: WaitingLine, now: float) -> None:
         pools: dict[str, list[Worker]] = {role: [] for role in ("prefill", "decode")}
         for one in heard:
             pools.setdefault(one.beat.role, []).append(one)
@@ -54,7 +54,7 @@ class Replicas:
             least = 1 if pools[role] or role in self.needs else 0
             self.wanted[role] = max(least, math.ceil(lasting - 1e-6))
 
-    def _prefill(self, pool: list[Worker], line: Line) -> tuple[float, float]:
+    def _prefill(self, pool: list[Worker], line: WaitingLine) -> tuple[float, float]:
         """(workers busy now, workers that what waits calls for)."""
         busy = sum(1 for one in pool if one.backlog.queued_prompts or one.backlog.running)
         rates = [one.beat.prefill_tokens_per_s for one in pool if one.beat.prefill_tokens_per_s]
@@ -63,7 +63,7 @@ class Replicas:
         tokens = line.tokens + sum(one.backlog.queued_tokens for one in pool)
         return float(busy), tokens / (sum(rates) / len(rates)) / self.target_ttft_s
 
-    def _decode(self, pool: list[Worker], line: Line) -> tuple[float, float]:
+    def _decode(self, pool: list[Worker], line: WaitingLine) -> tuple[float, float]:
         jobs = [one.backlog.running + one.backlog.waiting for one in pool]
         rooms = [room_for(one.beat, self.target_itl_s) for one in pool]
         rooms = [room for room in rooms if room < math.inf]

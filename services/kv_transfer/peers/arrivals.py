@@ -16,7 +16,7 @@ from itertools import groupby
 from services.kv_transfer.arena import Arena
 from services.kv_transfer.leases import Lease
 from services.kv_transfer.peers.frames import FINGERPRINT, KEY, LEASE, MEMORY, TOO_MANY, Offer
-from services.kv_transfer.peers.transport import Arrived, Incoming, Target
+from services.kv_transfer.peers.transport import Arrived, Incoming, PeerTarget
 from services.kv_transfer.slots import Words
 from services.kv_transfer.store import Store
 from shared.errors import BatonError, KvLost
@@ -186,7 +186,9 @@ class Arrivals:
             raise AssertionError("a reservation that does not wait was queued")
         words = self._arena.words_now()
         targets = {
-            position: Target(self._arena.block(blocks.layout, slot // offer.ranks), partial(_shows, words, slot, word))
+            position: PeerTarget(
+                self._arena.block(blocks.layout, slot // offer.ranks), partial(_shows, words, slot, word)
+            )
             for position, slot, word in zip(wanted, granted.slots, granted.words, strict=True)
         }
         places = {position: place for place, position in enumerate(wanted)}

@@ -88,7 +88,7 @@ class Stop(Control, frozen=True):
     lost: bool = False
 
 
-class Ping(Control, frozen=True):
+class PeerPing(Control, frozen=True, tag="Ping"):
     pass
 
 
@@ -107,12 +107,12 @@ class Ended(Control, frozen=True):
     reason: str = ""
 
 
-class Pong(Control, frozen=True):
+class PeerPong(Control, frozen=True, tag="Pong"):
     pass
 
 
-FromSource = Offer | Stop | Ping
-FromTarget = Want | Ended | Pong
+FromSource = Offer | Stop | PeerPing
+FromTarget = Want | Ended | PeerPong
 
 M = TypeVar("M")
 

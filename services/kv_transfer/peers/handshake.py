@@ -63,7 +63,7 @@ class Challenge(_Message, frozen=True):
     proof: bytes
 
 
-class Answer(_Message, frozen=True):
+class HandshakeAnswer(_Message, frozen=True):
     proof: bytes
 
 
@@ -75,8 +75,8 @@ class Denied(_Message, frozen=True):
     reason: str
 
 
-Message = Hello | Challenge | Answer | Welcome | Denied
-M = TypeVar("M", Hello, Challenge, Answer, Welcome)
+Message = Hello | Challenge | HandshakeAnswer | Welcome | Denied
+M = TypeVar("M", Hello, Challenge, HandshakeAnswer, Welcome)
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
@@ -91,7 +91,7 @@ def greet(channel: Channel, own: Identity, node: str) -> Seeds:
     said = _said(hello, challenge)
     if not hmac.compare_digest(challenge.proof, _proof(own, b"target", said)):
         raise BadFrame(AUTHENTICATION)
-    _send(channel, Answer(proof=_proof(own, b"source", said)))
+    _send(channel, HandshakeAnswer(proof=_proof(own, b"source", said)))
     _receive(channel, Welcome)
     return _seeds(own, said)
 
@@ -112,7 +112,7 @@ def _receive_peer(channel: Channel, own: Identity) -> tuple[str, Seeds]:
     bare = Challenge(format=own.format, cluster=own.cluster, node=own.node, nonce=nonce, proof=b"")
     said = _said(hello, bare)
     _send(channel, msgspec.structs.replace(bare, proof=_proof(own, b"target", said)))
-    answer = _receive(channel, Answer)
+    answer = _receive(channel, HandshakeAnswer)
     if not hmac.compare_digest(answer.proof, _proof(own, b"source", said)):
         raise BadFrame(AUTHENTICATION)
     _send(channel, Welcome())

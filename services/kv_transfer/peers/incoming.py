@@ -25,7 +25,7 @@ from services.kv_transfer.peers.frames import (
     Head,
     Offer,
     Packer,
-    Pong,
+    PeerPong,
     Stop,
     Unpacker,
     Want,
@@ -37,7 +37,7 @@ from services.kv_transfer.peers.frames import BadFrame as Bad
 from services.kv_transfer.peers.handshake import Seeds
 from services.kv_transfer.peers.mailbox import Mailbox
 from services.kv_transfer.peers.outgoing import reason_of
-from services.kv_transfer.peers.transport import Arrived, Target, TargetEar
+from services.kv_transfer.peers.transport import Arrived, PeerTarget, TargetEar
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ TELL_BYTES = 4 * 1024 * 1024
 @dataclass(slots=True)
 class _Transfer:
     ranks: int
-    targets: dict[int, Target]
+    targets: dict[int, PeerTarget]
     is_written: bool = False  # right now
     is_withdrawn: bool = False
 
@@ -84,7 +84,7 @@ class TcpIncoming:
 
     # ---- Incoming, on the loop -------------------------------------------------------------------------------
 
-    def want(self, transfer: int, ranks: int, targets: dict[int, Target]) -> None:
+    def want(self, transfer: int, ranks: int, targets: dict[int, PeerTarget]) -> None:
         with self._lock:
             self._transfers[transfer] = _Transfer(ranks, dict(targets))
         self._say(Want(transfer=transfer, positions=list(targets)))
@@ -153,7 +153,7 @@ class TcpIncoming:
         elif isinstance(message, Stop):
             self._mailbox.put(lambda: self._tell_stopped(message))
         else:
-            self._say(Pong())
+            self._say(PeerPong())
 
     def _block(self, head: Head) -> None:
         target, ranks = self._begin(head)
@@ -179,7 +179,7 @@ class TcpIncoming:
             self._refused(CHECKSUM)
             self._mailbox.put(lambda: self._tell_spoiled(head.transfer, CHECKSUM))
 
-    def _begin(self, head: Head) -> tuple[Target | None, int]:
+    def _begin(self, head: Head) -> tuple[PeerTarget | None, int]:
         """Where it goes; None: nowhere any more."""
         if head.transfer > self._offered:
             raise Bad(TRANSFER)
@@ -197,7 +197,7 @@ class TcpIncoming:
             transfer.is_written = True
             return target, transfer.ranks
 
-    def _finish(self, transfer: int, target: Target) -> bool:
+    def _finish(self, transfer: int, target: PeerTarget) -> bool:
         """Whether what was written is still ours."""
         with self._lock:
             found = self._transfers[transfer]

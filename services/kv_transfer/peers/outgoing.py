@@ -17,8 +17,8 @@ from services.kv_transfer.peers.frames import (
     FromSource,
     Offer,
     Packer,
-    Ping,
-    Pong,
+    PeerPing,
+    PeerPong,
     Stop,
     Unpacker,
     Want,
@@ -128,10 +128,10 @@ class TcpOutgoing:
                 channel.send(packer.control(work))
             if time.monotonic() >= pinged + self._ping_s:
                 pinged = time.monotonic()
-                channel.send(packer.control(Ping()))
+                channel.send(packer.control(PeerPing()))
 
     def _next(self, until: float) -> list[Block] | FromSource | None:
-        """What is to be sent now; a Ping when nothing has come until then; None at the end."""
+        """What is to be sent now; a PeerPing when nothing has come until then; None at the end."""
         with self._ready:
             while not self._is_over:
                 if self._controls:
@@ -140,7 +140,7 @@ class TcpOutgoing:
                     return self._take_turns()
                 left_s = until - time.monotonic()
                 if left_s <= 0:
-                    return Ping()
+                    return PeerPing()
                 self._ready.wait(left_s)
         return None
 
@@ -201,7 +201,7 @@ class TcpOutgoing:
             log.exception("kv: what %s said was not read", self._node)
             self._give_up("failed")
 
-    def _hear(self, message: Want | Ended | Pong) -> None:
+    def _hear(self, message: Want | Ended | PeerPong) -> None:
         if isinstance(message, Want):
             self._mailbox.put(lambda: self._ear.wanted(message.transfer, message.positions))
         elif isinstance(message, Ended):

@@ -27,7 +27,7 @@ class Block(NamedTuple):
     checksum: int  # frames.joint_checksum
 
 
-class Target(NamedTuple):
+class PeerTarget(NamedTuple):
     """Where a wanted block belongs."""
 
     data: memoryview
@@ -60,7 +60,7 @@ class Incoming(Protocol):
 
     peer: str  # its node
 
-    def want(self, transfer: int, ranks: int, targets: dict[int, Target]) -> None: ...
+    def want(self, transfer: int, ranks: int, targets: dict[int, PeerTarget]) -> None: ...
     def end(self, transfer: int, reason: str) -> None:
         """Takes no more of it: complete, with an empty reason, or refused. Withdraws what is left."""
         ...

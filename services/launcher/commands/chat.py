@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder
 
 ANSWER_S = 600.0
@@ -29,10 +29,10 @@ def chat(folder: ClusterFolder, port: int, text: str, *, temperature: float, max
             with client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != httpx.codes.OK:
                     hint = "; baton chat takes it from BATON_API_KEY" if answer.status_code == UNAUTHORIZED else ""
-                    raise Refusal(_message(answer.read()) + hint)
+                    raise UserError(_message(answer.read()) + hint)
                 return _print_stream(answer)
         except httpx.ConnectError as error:
-            raise Refusal(f"nothing answers at {address}: start a cluster with baton up --port {port}") from error
+            raise UserError(f"nothing answers at {address}: start a cluster with baton up --port {port}") from error
         except httpx.HTTPError as error:
             print(f"\nbaton: the answer was cut off: {type(error).__name__}", file=sys.stderr)
             return 1
@@ -59,7 +59,7 @@ def _print_stream(answer: httpx.Response) -> int:
 def _first_model(client: httpx.Client) -> str:
     answer = client.get("/v1/models")
     if answer.status_code != httpx.codes.OK:
-        raise Refusal(_message(answer.content))
+        raise UserError(_message(answer.content))
     return str(answer.json()["data"][0]["id"])
 
 

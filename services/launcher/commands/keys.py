@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from services.launcher.key_store import IN_REDIS, Store, configured, find_redis_url, find_store, in_redis
-from services.launcher.refusal import Refusal
+from services.launcher.key_store import IN_REDIS, KeyStore, configured, find_redis_url, find_store, in_redis
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder, ClusterRecord
 from shared.access import usage_table
 from shared.access.key import USUAL_TIERS, BadKey, digest, new_id, new_secret, read_key
-from shared.access.usage_table import KINDS, Row
+from shared.access.usage_table import KINDS, UsageRow
 
 MOST_DAYS = usage_table.KEEP_S // 86_400
 
@@ -28,12 +28,12 @@ def keys(flags: argparse.Namespace, folder: ClusterFolder, environ: Mapping[str,
     if flags.action == "list":
         return _list(store, as_json=flags.json)
     if not store.revoke(flags.id):
-        raise Refusal(f"there is no key {flags.id} in {store.name}: see baton keys list")
+        raise UserError(f"there is no key {flags.id} in {store.name}: see baton keys list")
     print(f"Revoked {flags.id} in {store.name}. Gateways that read it refuse the key within about a second.")
     return 0
 
 
-def _add(flags: argparse.Namespace, store: Store, record: ClusterRecord | None, environ: Mapping[str, str]) -> int:
+def _add(flags: argparse.Namespace, store: KeyStore, record: ClusterRecord | None, environ: Mapping[str, str]) -> int:
     secret = new_secret()
     entry = {
         "id": new_id(),
@@ -49,7 +49,7 @@ def _add(flags: argparse.Namespace, store: Store, record: ClusterRecord | None, 
     try:
         key = read_key(entry, "this key")
     except BadKey as error:
-        raise Refusal(str(error)) from error
+        raise UserError(str(error)) from error
     store.add(key)
     # The key alone on stdout, so that it can be taken into a variable; all else beside it.
     print(secret, flush=True)
@@ -65,7 +65,7 @@ def _add(flags: argparse.Namespace, store: Store, record: ClusterRecord | None, 
     return 0
 
 
-def _list(store: Store, *, as_json: bool) -> int:
+def _list(store: KeyStore, *, as_json: bool) -> int:
     found = store.read()
     if as_json:
         shown = [{name: value for name, value in msgspec.to_builtins(key).items() if name != "hash"} for key in found]
@@ -93,9 +93,9 @@ def _list(store: Store, *, as_json: bool) -> int:
 
 def _usage(flags: argparse.Namespace, record: ClusterRecord | None, environ: Mapping[str, str]) -> int:
     if not 1 <= flags.days <= MOST_DAYS:
-        raise Refusal(f"--days must be between 1 and {MOST_DAYS}, not {flags.days}")
+        raise UserError(f"--days must be between 1 and {MOST_DAYS}, not {flags.days}")
     if record is None and "BATON_REDIS_URL" not in environ:
-        raise Refusal("usage is kept in the cluster's Redis and no cluster runs: start it with baton up --keys")
+        raise UserError("usage is kept in the cluster's Redis and no cluster runs: start it with baton up --keys")
     url, cluster = find_redis_url(record, environ)
     last = dt.datetime.now(dt.UTC).date()
     days = [(last - dt.timedelta(days=back)).isoformat() for back in reversed(range(flags.days))]
@@ -111,7 +111,7 @@ def _usage(flags: argparse.Namespace, record: ClusterRecord | None, environ: Map
     return 0
 
 
-def _flat(row: Row) -> dict[str, str | int]:
+def _flat(row: UsageRow) -> dict[str, str | int]:
     return {
         "day": row.day,
         "tenant": row.tenant,

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder
 
 FOLLOW_S = 0.2
@@ -13,11 +13,11 @@ FOLLOW_S = 0.2
 def logs(folder: ClusterFolder, port: int, service_id: str | None, *, follow: bool) -> int:
     files = sorted(folder.logs.glob("*.log"))
     if not files:
-        raise Refusal(f"there are no logs of port {port} in {folder.logs}: nothing was started there yet")
+        raise UserError(f"there are no logs of port {port} in {folder.logs}: nothing was started there yet")
     if service_id is not None:
         known = [file.stem for file in files]
         if service_id not in known:
-            raise Refusal(f"there is no log of {service_id}: there are {', '.join(known)}")
+            raise UserError(f"there is no log of {service_id}: there are {', '.join(known)}")
         files = [folder.log(service_id)]
     readers = [_Reader(file, prefix=f"{file.stem} | " if len(files) > 1 else "") for file in files]
     while True:

@@ -11,7 +11,7 @@ import nats
 import nats.errors
 from nats.aio.msg import Msg
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder, ClusterRecord
 
 MOST_TEXT = 200  # characters of one value
@@ -20,14 +20,14 @@ MOST_TEXT = 200  # characters of one value
 def tap(folder: ClusterFolder, port: int, subject: str | None, count: int) -> int:
     record = folder.read()
     if record is None:
-        raise Refusal(f"no cluster runs on port {port}: start one with baton up --port {port}")
+        raise UserError(f"no cluster runs on port {port}: start one with baton up --port {port}")
     subject = subject or ">"
     if not subject.startswith((f"{record.cluster}.", "_INBOX", "$")):
         subject = f"{record.cluster}.{subject}"
     try:
         asyncio.run(_print(record, subject, count))
     except (OSError, nats.errors.Error) as error:
-        raise Refusal(f"the bus does not answer ({type(error).__name__}): see baton status --port {port}") from error
+        raise UserError(f"the bus does not answer ({type(error).__name__}): see baton status --port {port}") from error
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder
 from services.launcher.waterfall import listing, waterfall
 
@@ -29,7 +29,7 @@ def trace(folder: ClusterFolder, port: int, wanted: str | None, *, order: str, a
         if not wanted:
             first = _get(client, port, f"/dashboard/traces?order={order}&limit=1")["traces"]
             if not first:
-                raise Refusal("no trace is kept: no request has come yet, or telemetry is off")
+                raise UserError("no trace is kept: no request has come yet, or telemetry is off")
             wanted = first[0]["trace_id"]
         found = _get(client, port, f"/dashboard/traces/{wanted}")
     width = max(NARROWEST, shutil.get_terminal_size(PLAIN_WIDTH).columns)
@@ -42,8 +42,8 @@ def _get(client: httpx.Client, port: int, path: str) -> dict[str, Any]:
         answer = client.get(path)
         body: dict[str, Any] = answer.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise Refusal(f"nothing answers at {client.base_url}: start a cluster with baton up --port {port}") from error
+        raise UserError(f"nothing answers at {client.base_url}: start a cluster with baton up --port {port}") from error
     if answer.status_code != httpx.codes.OK:
         hint = "; baton trace takes it from BATON_API_KEY" if answer.status_code == httpx.codes.UNAUTHORIZED else ""
-        raise Refusal(str(body.get("error", {}).get("message", f"HTTP {answer.status_code}")) + hint)
+        raise UserError(str(body.get("error", {}).get("message", f"HTTP {answer.status_code}")) + hint)
     return body

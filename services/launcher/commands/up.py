@@ -26,7 +26,7 @@ from services.launcher.model import read_model
 from services.launcher.options import UpOptions
 from services.launcher.plan import Place, Plan, Programs, plan, ports_needed
 from services.launcher.progress import Progress
-from services.launcher.refusal import Refusal
+from services.launcher.refusal import UserError
 from services.launcher.state import ClusterFolder
 from services.launcher.sweep import sweep
 from shared.settings import PREFIX
@@ -45,7 +45,7 @@ def up(options: UpOptions, folder: ClusterFolder, programs: Programs) -> int:
 
 def _launch(options: UpOptions, folder: ClusterFolder, programs: Programs, announce: detach.Announce) -> int:
     if not folder.take():
-        raise Refusal(
+        raise UserError(
             f"a cluster already runs on port {options.port}: see baton status --port {options.port}, "
             f"stop it with baton down --port {options.port}, or choose another --port"
         )
@@ -71,8 +71,8 @@ def _own_port(options: UpOptions) -> Iterator[None]:
         yield
 
 
-def _taken(options: UpOptions, why: str) -> Refusal:
-    return Refusal(f"cannot listen on {options.host}:{options.port} ({why}): stop who does, or choose another --port")
+def _taken(options: UpOptions, why: str) -> UserError:
+    return UserError(f"cannot listen on {options.host}:{options.port} ({why}): stop who does, or choose another --port")
 
 
 def _launch_there(options: UpOptions, folder: ClusterFolder, programs: Programs, announce: detach.Announce) -> int:

@@ -7,13 +7,13 @@ from shared.errors import BatonError, InvalidRequest, UnsupportedParameter
 from shared.worker.engine import EngineDelta, EngineRequest
 from shared.worker.sim.contents import Contents, History, Reading
 from shared.worker.sim.scheduler import Sequence
-from shared.worker.sim.text import Sampler, Stops, TokenTable
+from shared.worker.sim.text import Stops, TokenSampler, TokenTable
 
 # What there is nothing for in an engine without likelihoods. Temperature and its like change nothing, and are taken.
 _MISSING = ("logprobs", "prompt_logprobs", "structured", "logit_bias", "bad_words")
 
 
-class Stream:
+class DeltaStream:
     """Deltas on their way to whoever reads `generate`."""
 
     __slots__ = ("deltas", "error", "open", "waiter")
@@ -66,7 +66,7 @@ class Choice(Sequence):
     )
 
     def __init__(
-        self, request: EngineRequest, index: int, stream: Stream, *, reading: Reading, salt: int, limit: int
+        self, request: EngineRequest, index: int, stream: DeltaStream, *, reading: Reading, salt: int, limit: int
     ) -> None:
         """`limit`: tokens after which it ends."""
         name = request.id if request.sampling.n == 1 else f"{index}_{request.id}"
@@ -86,7 +86,7 @@ class Choice(Sequence):
 
     def prepare(self, contents: Contents, table: TokenTable, request: EngineRequest) -> None:
         """Raises InvalidRequest for a replay that is no output of this engine."""
-        self.sampler = Sampler(table, request.sampling, self.index)
+        self.sampler = TokenSampler(table, request.sampling, self.index)
         if request.replay:
             self.replay = [table.index(token) for token in wire.unpack_tokens(request.replay[self.index])]
         self.history = History(contents, self.reading, self.tokens)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from shared.errors import BatonError
 from shared.kv.copier import Copier, Pages
-from shared.kv.copies import Keep, Load, Save
+from shared.kv.copies import KeepCopy, Load, Save
 from shared.kv.keeping import Keeper
 from shared.kv.messages import Commit, Geometry, Loaded
 from shared.kv.rank_client import RankClient
@@ -30,7 +30,7 @@ JOIN_S = 5.0
 class Copied:
     """The end of a copy; `invalid` pages of a load could not be filled."""
 
-    copy: Load | Save | Keep | Loaded
+    copy: Load | Save | KeepCopy | Loaded
     invalid: set[int] = field(default_factory=set)
 
 
@@ -46,13 +46,13 @@ class CopyThread:
         self._keeper = Keeper(client, self._copier, geometry)
         self._on_copied = on_copied
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[Load | Save | Keep | Loaded | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Load | Save | KeepCopy | Loaded | None] = queue.SimpleQueue()
         self._told: list[Copied] = []
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="sim-copies", daemon=True)
         self._thread.start()
 
-    def put(self, copy: Load | Save | Keep) -> None:
+    def put(self, copy: Load | Save | KeepCopy) -> None:
         self._queue.put(copy)
 
     def load_now(self, load: Load) -> tuple[set[int], bool]:
@@ -76,18 +76,18 @@ class CopyThread:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch: list[Load | Save | Keep | Loaded] = [first]
+            batch: list[Load | Save | KeepCopy | Loaded] = [first]
             while len(batch) < AT_ONCE and not self._queue.empty():
                 following = self._queue.get()
                 if following is None:
                     self._queue.put(None)
                     break
                 batch.append(following)
-            self._copy([copy for copy in batch if not isinstance(copy, Keep)])
-            if keeps := [copy for copy in batch if isinstance(copy, Keep)]:
+            self._copy([copy for copy in batch if not isinstance(copy, KeepCopy)])
+            if keeps := [copy for copy in batch if isinstance(copy, KeepCopy)]:
                 self._keep(keeps)
 
-    def _keep(self, keeps: list[Keep]) -> None:
+    def _keep(self, keeps: list[KeepCopy]) -> None:
         try:
             self._keeper.keep_all(keeps)
         except Exception:  # whatever it is, the pages must come free

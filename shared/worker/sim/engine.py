@@ -20,7 +20,7 @@ import xxhash
 from prometheus_client import CollectorRegistry
 
 from shared.errors import EngineFailed, SettingsError
-from shared.kv.copies import Keep, Load, Save, StepPlan
+from shared.kv.copies import KeepCopy, Load, Save, StepPlan
 from shared.kv.copy_planner import IN_STEP_BYTES, CopyPlanner
 from shared.kv.messages import Loaded
 from shared.kv.rank_client import RankClient
@@ -29,12 +29,12 @@ from shared.worker.engine import EngineDelta, EngineInfo, EngineLoad, EngineRequ
 from shared.worker.liveness import Liveness
 from shared.worker.sim.arguments import SimShape, resolve
 from shared.worker.sim.blocks import BlockPool
-from shared.worker.sim.choice import Choice, Stream, refuse
+from shared.worker.sim.choice import Choice, DeltaStream, refuse
 from shared.worker.sim.contents import MASK, Contents
 from shared.worker.sim.copying import Copied, CopyThread
 from shared.worker.sim.counts import SimCounts
 from shared.worker.sim.pages import DigestPages, SimPages, SlicePages
-from shared.worker.sim.scheduler import Limits, Scheduler, Step
+from shared.worker.sim.scheduler import Scheduler, SchedulerLimits, Step
 from shared.worker.sim.text import TokenTable
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class SimEngine:
         self._pool = pool
         in_step_limit = IN_STEP_BYTES // shape.block_bytes
         self._planner = CopyPlanner(shape.block_size, keep_limit=pool.count // HELD_SHARE, in_step_limit=in_step_limit)
-        limits = Limits(
+        limits = SchedulerLimits(
             max_running=shape.max_running, token_budget=shape.token_budget, prefix_caching=shape.prefix_caching
         )
         self._scheduler = Scheduler(limits, pool, self._planner, contents)
@@ -95,8 +95,8 @@ class SimEngine:
         self._copies: CopyThread | None = None
         self._copied: list[Copied] = []
         self._telling: dict[str, int] = {}  # by lease: saves under way, and loads that the store is still to hear of
-        self._held: dict[str, list[tuple[Stream, EngineDelta]]] = {}  # deltas, by the lease that they wait for
-        self._streams: set[Stream] = set()
+        self._held: dict[str, list[tuple[DeltaStream, EngineDelta]]] = {}  # deltas, by the lease that they wait for
+        self._streams: set[DeltaStream] = set()
         self._counts = SimCounts(registry)
         self._liveness = Liveness(time.monotonic())
         self._wake = asyncio.Event()
@@ -160,7 +160,7 @@ class SimEngine:
         reading = self._contents.read(request.tokens)
         salt: int = xxhash.xxh3_64_intdigest(request.salt.encode()) if request.salt else 0
         limit = min(sampling.max_tokens, shape.max_model_len - len(request.tokens))
-        stream = Stream(sampling.n)
+        stream = DeltaStream(sampling.n)
         choices = [
             Choice(request, index, stream, reading=reading, salt=salt, limit=limit) for index in range(sampling.n)
         ]
@@ -451,7 +451,7 @@ class SimEngine:
         for each in copied:
             if isinstance(each.copy, Load):
                 self._scheduler.loaded(each.copy.request, each.invalid)
-            elif isinstance(each.copy, Keep):
+            elif isinstance(each.copy, KeepCopy):
                 self._planner.keeps_ended((each.copy.request,))
                 self._pool.end_copy(each.copy.block_ids)
 

@@ -14,10 +14,10 @@ from shared.errors import SettingsError
 from shared.model_files import model_folder, read_tokenizer, vocabulary_size
 from shared.worker.sim.arguments import resolve
 from shared.worker.sim.contents import Contents, History
-from shared.worker.sim.text import Sampler, Stops, TokenTable
+from shared.worker.sim.text import Stops, TokenSampler, TokenTable
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class OracleAnswer(msgspec.Struct, frozen=True, kw_only=True):
     tokens: list[int]
     text: str
     finish: wire.Finish
@@ -53,9 +53,9 @@ class Oracle:
         except (KeyError, ValueError):
             raise SettingsError(f"the texts of engine {facts.get('engine', 'unknown')} cannot be predicted") from None
 
-    def answer(self, prompt: Sequence[int], sampling: wire.Sampling, choice: int = 0) -> Answer:
+    def answer(self, prompt: Sequence[int], sampling: wire.Sampling, choice: int = 0) -> OracleAnswer:
         """One choice, whole."""
-        sampler, stops = Sampler(self._table, sampling, choice), Stops(sampling)
+        sampler, stops = TokenSampler(self._table, sampling, choice), Stops(sampling)
         history = History(self._contents, self._contents.read(prompt), prompt)
         tokens: list[int] = []
         texts: list[str] = []
@@ -67,7 +67,7 @@ class Oracle:
             ending = stops.push(token, self._table.texts[index], is_last=len(tokens) >= most)
             texts.append(ending.text)
             if ending.finish is not None:
-                return Answer(tokens=tokens, text="".join(texts), finish=ending.finish)
+                return OracleAnswer(tokens=tokens, text="".join(texts), finish=ending.finish)
             history.push(token, self._table.hashes[index])
 
     def expected_tokens(

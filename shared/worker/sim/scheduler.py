@@ -23,7 +23,7 @@ from shared.worker.sim.blocks import BlockPool
 from shared.worker.sim.contents import Contents, Reading
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int
     token_budget: int  # tokens a step
     prefix_caching: bool = True
@@ -95,7 +95,7 @@ class Step:
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, pool: BlockPool, planner: CopyPlanner, contents: Contents) -> None:
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool, planner: CopyPlanner, contents: Contents) -> None:
         self.running: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._loaded: deque[Sequence] = deque()

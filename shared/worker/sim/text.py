@@ -67,7 +67,7 @@ def _text_alone(tokenizer: Tokenizer, token: int) -> str:
     return text if alone else ""
 
 
-class Sampler:
+class TokenSampler:
     """Of one choice: what `next` gives depends on its arguments and these alone."""
 
     __slots__ = ("_never", "_table", "key")
@@ -91,7 +91,7 @@ class Sampler:
 
 
 @dataclass(slots=True)
-class Ending:
+class TextEnding:
     """What a token did to its choice: the text that may go out now, and the end, if it is one."""
 
     text: str
@@ -113,24 +113,24 @@ class Stops:
         self._sent = 0
         self._count = 0
 
-    def push(self, token: int, text: str, *, is_last: bool) -> Ending:
+    def push(self, token: int, text: str, *, is_last: bool) -> TextEnding:
         """`is_last`: the choice ends with this token anyway, at its length."""
         sampling = self._sampling
         self._count += 1
         if token in self._tokens:
             self._text += text if sampling.include_stop_str_in_output else ""
-            return Ending(self._rest(), wire.Finish(reason="stop", stop_reason=token))
+            return TextEnding(self._rest(), wire.Finish(reason="stop", stop_reason=token))
         before = len(self._text)
         self._text += text
         if self._count > sampling.min_tokens and (found := self._find(before)) is not None:
             stop, start = found
             self._text = self._text[: start + (len(stop) if sampling.include_stop_str_in_output else 0)]
-            return Ending(self._rest(), wire.Finish(reason="stop", stop_reason=stop))
+            return TextEnding(self._rest(), wire.Finish(reason="stop", stop_reason=stop))
         if is_last:
-            return Ending(self._rest(), wire.Finish(reason="length"))
+            return TextEnding(self._rest(), wire.Finish(reason="length"))
         ready = max(self._sent, len(self._text) - self._held)
         out, self._sent = self._text[self._sent : ready], ready
-        return Ending(out)
+        return TextEnding(out)
 
     def _find(self, before: int) -> tuple[str, int] | None:
         """The stop string that is complete earliest among those that end in the text from `before` on."""

@@ -10,7 +10,7 @@ from random import Random
 BURST_S = 10.0  # of a bucket: what was not used for so long may be used at once
 
 
-class Bucket:
+class TraceAllowance:
     def __init__(self, per_s: float) -> None:
         self._per_s = per_s
         self._level = max(1.0, per_s * BURST_S)
@@ -51,7 +51,7 @@ class Sampler:
     def __init__(self, ratio: float, per_s: float, random: Random) -> None:
         self._ratio = ratio
         self._random = random
-        self._begun, self._ended = Bucket(per_s), Bucket(per_s)
+        self._begun, self._ended = TraceAllowance(per_s), TraceAllowance(per_s)
 
     def begins(self, *, asked: bool, now: float) -> bool:
         """`asked`: the client's own trace is sampled."""
