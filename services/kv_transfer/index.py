@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from shared.backoff import Backoff
 from shared.prefix_index import (
     ANNOUNCE_S,
     KEY_TTL_S,
@@ -103,20 +104,19 @@ class IndexWriter:
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        backoff_s = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S)
         while True:
             try:
                 await self._lease_number()
                 self._announce = dict.fromkeys(self._held_keys())
                 log.info("index: node number %s, %d keys to announce", self.number, len(self._announce))
-                backoff_s = FIRST_BACKOFF_S
+                backoff.reset()
                 await self._serve()
             except (RedisError, OSError, TimeoutError) as error:
                 if self.number is not None:
                     log.warning("index: Redis is away: %s; requests go on without it", type(error).__name__)
                 self.number = None
-                await asyncio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+                await asyncio.sleep(backoff.next_s())
 
     async def retire(self) -> None:
         """Say that this node holds nothing any more; its number stays leased until no key can name it."""

@@ -12,12 +12,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.launcher import brokers
-from services.launcher.backoff import Backoff
 from services.launcher.health import probe_client, until_deaf, until_ready
 from services.launcher.plan import Plan, Process
 from services.launcher.processes import Child, Children, ending
 from services.launcher.progress import Progress
 from services.launcher.refusal import UserError
+from services.launcher.restarts import Restarts
 from services.launcher.state import ClusterFolder, ClusterRecord, ServiceRecord, born, own_identity
 from services.launcher.sweep import ORDER, remove_files
 from shared.settings import to_environ
@@ -139,7 +139,7 @@ class Cluster:
             self._progress.begin(process.id, what)
 
     async def _keep(self, process: Process) -> None:
-        backoff = Backoff()
+        backoff = Restarts()
         while True:
             child = self._running[process.id]
             code = await self._end_of(child)

@@ -8,12 +8,12 @@ of another arena (`Attached.arena`) mean nothing: `on_arena` tells of each chang
 import asyncio
 import contextlib
 import logging
-import random
 from collections.abc import Callable
 from typing import Self, TypeVar
 
 import msgspec
 
+from shared.backoff import Backoff
 from shared.errors import BatonError, KvLost, NoCapacity, from_wire
 from shared.kv.messages import (
     HEADER_BYTES,
@@ -247,7 +247,7 @@ class KvClient:
 
     async def _keep(self) -> None:
         """Attach, serve until the connection ends, and again."""
-        backoff_s = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, spread=(0.5, 1.0))  # workers come back at once
         while True:
             writer = None
             try:
@@ -256,14 +256,13 @@ class KvClient:
                 await self._serve(reader, writer)
             except (OSError, EOFError, msgspec.DecodeError, BatonError, TimeoutError) as error:
                 if self.attached is not None:
-                    backoff_s = FIRST_BACKOFF_S
+                    backoff.reset()
                     log.warning("kv: the store is away: %s", type(error).__name__)
                 elif isinstance(error, BatonError) and not error.retryable:
                     self._refused(error)
             finally:
                 self._disconnected(writer)
-            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))  # noqa: S311 - workers come back at once
-            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+            await asyncio.sleep(backoff.next_s())
 
     def _refused(self, error: BatonError) -> None:
         log.error("kv: not attached: %s", error.message)

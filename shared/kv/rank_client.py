@@ -15,7 +15,6 @@ How to copy:
 
 import contextlib
 import logging
-import random
 import select
 import socket
 import threading
@@ -26,6 +25,7 @@ from typing import TypeVar
 
 import msgspec
 
+from shared.backoff import Backoff
 from shared.errors import BatonError, KvLost, from_wire
 from shared.kv.messages import (
     AnyCall,
@@ -100,16 +100,16 @@ class RankClient:
         """
         self._geometry = geometry
         deadline = time.monotonic() + timeout_s
-        backoff_s = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S)
         while True:
+            rest_s = backoff.next_s()
             try:
                 attached = self._open(geometry)
                 break
             except BatonError as error:
-                if is_fatal(error) or time.monotonic() + backoff_s > deadline:
+                if is_fatal(error) or time.monotonic() + rest_s > deadline:
                     raise
-            time.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+            time.sleep(rest_s)
         self._thread = threading.Thread(target=self._watch_forever, name="kv-watch", daemon=True)
         self._thread.start()
         return attached
@@ -291,17 +291,15 @@ class RankClient:
     def _attach_again(self) -> bool:
         """Returns False when closed meanwhile."""
         geometry = self._geometry
-        backoff_s = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, spread=(0.5, 1.0))  # ranks of many workers come back at once
         while geometry is not None:
             with self._state:
-                # Ranks of many workers come back at once.
-                if self._state.wait_for(lambda: self._is_closed, backoff_s * random.uniform(0.5, 1.0)):  # noqa: S311
+                if self._state.wait_for(lambda: self._is_closed, backoff.next_s()):
                     break
             try:
                 attached = self._open(geometry)
             except BatonError as error:
                 log.log(logging.ERROR if is_fatal(error) else logging.DEBUG, "kv: not attached: %s", error.message)
-                backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
             else:
                 log.info("kv: attached again, to %s", attached.arena)
                 return True

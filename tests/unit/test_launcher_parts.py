@@ -4,9 +4,9 @@ import os
 import msgpack
 import pytest
 
-from services.launcher.backoff import Backoff
 from services.launcher.commands.tap import line
 from services.launcher.progress import Progress
+from services.launcher.restarts import Restarts
 from services.launcher.state import ClusterFolder, ClusterRecord, ServiceRecord, born, lives
 
 
@@ -19,7 +19,7 @@ from services.launcher.state import ClusterFolder, ClusterRecord, ServiceRecord,
     ],
 )
 def test_backoff_doubles_and_gives_up(lifetimes_s: list[float], delays_s: list[float | None]) -> None:
-    backoff = Backoff()
+    backoff = Restarts()
     assert [backoff.after_death(lifetime_s) for lifetime_s in lifetimes_s] == delays_s
 
 

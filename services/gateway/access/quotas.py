@@ -5,7 +5,6 @@ a back-off; a share begins with what Redis last said was left.
 """
 
 import logging
-import random
 import time
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from services.gateway.access.figures import AccessFigures
 from services.gateway.access.gateways import GatewayCount
 from services.gateway.access.shared_buckets import BucketAnswer, SharedBuckets
 from services.gateway.background import BackgroundTasks
+from shared.backoff import Backoff
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Quotas:
         self._figures = figures
         self._buckets: dict[str, Bucket] = {}  # by key id, this gateway's share; the longest unused first
         self._away_until: float | None = None
-        self._backoff_s = FIRST_BACKOFF_S
+        self._backoff = Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S, spread=(0.75, 1.25))
         self._probing = False
 
     def __len__(self) -> int:
@@ -90,13 +90,11 @@ class Quotas:
     def _went_away(self, *, probed: bool) -> None:
         if self._away_until is None:
             log.warning("quotas: Redis is away: this gateway takes its share of every limit")
-            self._backoff_s = FIRST_BACKOFF_S
-        elif probed:
-            self._backoff_s = min(2 * self._backoff_s, LAST_BACKOFF_S)
-        else:
+            self._backoff.reset()
+        elif not probed:
             return  # it was asked before
         self._figures.fallback.set(1)
-        self._away_until = time.monotonic() + self._backoff_s * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+        self._away_until = time.monotonic() + self._backoff.next_s()
 
     def _came_back(self) -> None:
         if self._away_until is not None:

@@ -17,6 +17,7 @@ from services.kv_transfer.peers.frames import MALFORMED, Offer, joint_checksum
 from services.kv_transfer.peers.transport import Block, Outgoing, Transport
 from services.kv_transfer.store import Store
 from shared import telemetry
+from shared.backoff import Backoff
 from shared.errors import KvLost
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Pushes:
         self._directory = directory
         self._links: dict[str, _Link] = {}
         self._by_lease: dict[str, tuple[_Link, _Push]] = {}
-        self._rests: dict[str, tuple[str, float, float]] = {}  # node -> its address, until when, the next rest's length
+        self._rests: dict[str, tuple[str, float, Backoff]] = {}  # node -> its address, until when, and the next
 
     def __len__(self) -> int:
         return sum(len(link.pushes) for link in self._links.values())
@@ -144,8 +145,8 @@ class Pushes:
     def link_lost(self, link: "_Link", reason: str) -> None:
         if self._links.get(link.node) is link:
             del self._links[link.node]
-        _, _, rest_s = self._rests.get(link.node, ("", 0.0, FIRST_BACKOFF_S))
-        self._rests[link.node] = (link.address, self.clock() + rest_s, min(2 * rest_s, LAST_BACKOFF_S))
+        _, _, backoff = self._rests.get(link.node, ("", 0.0, Backoff(FIRST_BACKOFF_S, LAST_BACKOFF_S)))
+        self._rests[link.node] = (link.address, self.clock() + backoff.next_s(), backoff)
         log.warning("kv: the link to %s ended: %s", link.node, reason)
 
     def memory(self, block: int) -> tuple[memoryview, int]:
