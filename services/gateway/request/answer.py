@@ -31,6 +31,14 @@ def push(ctx: RequestContext, data: bytes, now: float) -> None:
         ctx.connection.start_stream(200, [*EVENTS, *_headers(ctx, receipt(ctx))], data)
 
 
+def take_unwritten(ctx: RequestContext) -> bytes:
+    data = b"".join([*ctx.blocked, *ctx.unwritten])
+    ctx.unwritten.clear()
+    ctx.blocked.clear()
+    ctx.blocked_bytes = 0
+    return data
+
+
 def keep_alive(ctx: RequestContext, now: float) -> None:
     """A client that has heard nothing for long: a comment on its stream, and an ear for its leaving."""
     if ctx.connection is None:
@@ -44,8 +52,7 @@ def keep_alive(ctx: RequestContext, now: float) -> None:
 def end_stream(ctx: RequestContext, data: bytes) -> None:
     """`data` is the last of it, behind what waits."""
     if ctx.connection is not None:
-        data = b"".join([*ctx.unwritten, data])
-        ctx.unwritten.clear()
+        data = take_unwritten(ctx) + data
         if not ctx.started:
             push(ctx, data, time.monotonic())
             data = b""

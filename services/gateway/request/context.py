@@ -114,8 +114,9 @@ class RequestContext(msgspec.Struct, eq=False, kw_only=True, weakref=True):
     last_token_at: float = 0.0
     usage: wire.DecodeUsage | None = None
     finish_reasons: list[str] = []
-    unwritten: list[bytes] = []  # of the request
-    unwritten_bytes: int = 0
+    unwritten: list[bytes] = []  # of the request, since its client was written to last
+    blocked: list[bytes] = []  # before those, while the client takes nothing
+    blocked_bytes: int = 0
     started: bool = False  # the answer's head is out
     written_at: float = 0.0
 

@@ -46,6 +46,8 @@ def deliver(deps: Deps, batch: wire.TokenBatch, now: float) -> None:
             if ctx is None or ctx.attempt != attempts[index]:
                 strangers.add((request, attempts[index]))
                 continue
+            if ctx.outcome is None or ctx.outcome.done():
+                continue
             whole = ctx.under or ctx
             choice, writer = choices[index], whole.writer
             if (
@@ -55,7 +57,6 @@ def deliver(deps: Deps, batch: wire.TokenBatch, now: float) -> None:
                 and sequences[index] == ctx.next_row
                 and 0 <= choice < len(ctx.sent)
                 and not (sent := ctx.sent[choice]).repeats
-                and not ctx.outcome.done()  # type: ignore[union-attr] # an open stream has one
             ):
                 text, ids = texts[index], tokens[index]
                 sent.tokens += ids
@@ -159,15 +160,16 @@ def _record_time(deps: Deps, ctx: RequestContext, now: float) -> None:
 
 def write(ctx: RequestContext, now: float) -> None:
     """What waits for a client, if it takes bytes now; called again when it does. `ctx`: the client's request."""
-    if not ctx.unwritten or ctx.connection is None:
+    if not (ctx.unwritten or ctx.blocked) or ctx.connection is None:
+        return
+    if ctx.connection.flows:
+        answer.push(ctx, answer.take_unwritten(ctx), now)
         return
     data = b"".join(ctx.unwritten)
-    if ctx.connection.flows:
-        ctx.unwritten.clear()
-        answer.push(ctx, data, now)
-        return
-    ctx.unwritten = [data]
-    if len(data) > MAX_UNWRITTEN_BYTES:
+    ctx.unwritten.clear()
+    ctx.blocked.append(data)
+    ctx.blocked_bytes += len(data)
+    if ctx.blocked_bytes > MAX_UNWRITTEN_BYTES:
         ctx.connection.cut("overrun")
         abort(ctx, Cancelled("the client reads too slowly"))
 
