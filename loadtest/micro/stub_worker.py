@@ -77,7 +77,6 @@ class StubWorker:
             tasks.create_task(spans.run(bus, self._cluster))
             tasks.create_task(self._beat(bus))
             tasks.create_task(self._steps())
-            tasks.create_task(self._batches.run())
 
     # ---- jobs ------------------------------------------------------------------------------------------------
 
@@ -149,6 +148,7 @@ class StubWorker:
                 due += self._step_s
                 await pace.until(due)
             self._step()
+            await self._batches.flush()
             if not self._step_s:
                 await asyncio.sleep(0)  # messages have come meanwhile
 

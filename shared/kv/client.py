@@ -161,7 +161,7 @@ class KvClient:
         return await self._call(Wait(lease=lease, timeout_s=timeout_s), Ready, timeout_s + CALL_S)
 
     async def ready(self, lease: str, reserved: Reserved, timeout_s: float) -> Ready:
-        """As `wait`, for a lease that was reserved with `tell_s`: the store says so by itself, if it is one that tells."""
+        """As `wait`, for a lease that was reserved with `tell_s`: the store says so by itself, if it can."""
         told = self._told.get(lease)
         if told is None:
             if self.attached is not None and self.attached.tells and all(reserved.committed):
