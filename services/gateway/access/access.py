@@ -71,7 +71,7 @@ class Access:
 
     def __init__(self, parts: Parts | None = None) -> None:
         self.parts = parts
-        self._chores: BackgroundTasks | None = None
+        self._background: BackgroundTasks | None = None
 
     @classmethod
     def open(cls, settings: GatewaySettings, registry: CollectorRegistry) -> "Access":
@@ -97,11 +97,11 @@ class Access:
         )
         return cls(parts)
 
-    def start(self, chores: BackgroundTasks) -> None:
-        self._chores = chores
+    def start(self, background: BackgroundTasks) -> None:
+        self._background = background
         if self.parts is not None:
-            chores.start(self.parts.keyring.run())
-            chores.start(self.parts.usage.run())
+            background.start(self.parts.keyring.run())
+            background.start(self.parts.usage.run())
 
     async def close(self) -> None:
         """The last sums are written, if Redis is there."""
@@ -133,10 +133,10 @@ class Access:
 
         `headers`: of the answer, whatever it will be; x-ratelimit-* are put there.
         """
-        if self.parts is None or self._chores is None or not client.is_limited:
+        if self.parts is None or self._background is None or not client.is_limited:
             return Bill(client=client, model=model, prompt=wanted.prompt, charged=Amount(0, 0), shared=False)
         cost = Amount(1, _tokens(wanted, client.limits.tokens))
-        taken = await self.parts.quotas.take(self._chores, client, cost)
+        taken = await self.parts.quotas.take(self._background, client, cost)
         headers += rate_headers(client.limits, taken)
         if not taken.allowed:
             what = " and ".join(lacking(taken, cost))
@@ -145,7 +145,7 @@ class Access:
 
     def settle(self, bill: Bill, error: BatonError | None, *, began: bool, generated: int) -> None:
         """On every way out. `began`: a worker was asked; `generated`: tokens that came, where `usage` does not say."""
-        if self.parts is None or self._chores is None:
+        if self.parts is None or self._background is None:
             return
         used = spent(bill, error, began=began, generated=generated)
         if used.requests:
@@ -154,7 +154,7 @@ class Access:
             tokens = bill.charged.tokens - used.prompt - used.completion
             back = Amount(bill.charged.requests - used.requests, tokens)
             if any(back):
-                self._chores.start(self.parts.quotas.give(self._chores, bill.client, back, shared=bill.shared))
+                self._background.start(self.parts.quotas.give(self._background, bill.client, back, shared=bill.shared))
 
 
 def _keyring(settings: GatewaySettings, redis: Redis, figures: AccessFigures) -> Keyring:

@@ -47,9 +47,9 @@ class Quotas:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    async def take(self, chores: BackgroundTasks, client: Client, cost: Amount) -> Taken:
+    async def take(self, background: BackgroundTasks, client: Client, cost: Amount) -> Taken:
         if self._may_ask():
-            answer = await self._ask(chores, client, cost)
+            answer = await self._ask(background, client, cost)
             if answer is not None:
                 bucket = self._bucket(client)
                 bucket.left, bucket.at = answer.left / self._gateways.count(), time.monotonic()
@@ -60,12 +60,12 @@ class Quotas:
         allowed = bucket.take(limits, cost, time.monotonic())
         return _taken(limits, cost, bucket.left, allowed=allowed, shared=False)
 
-    async def give(self, chores: BackgroundTasks, client: Client, back: Amount, *, shared: bool) -> None:
+    async def give(self, background: BackgroundTasks, client: Client, back: Amount, *, shared: bool) -> None:
         """What was taken and not used. Negative: used beyond what was taken. Lost while Redis is away."""
         if not shared:
             self._bucket(client).give(client.limits / self._gateways.count(), back, time.monotonic())
         elif self._may_ask():
-            await self._ask(chores, client, back, gives=True)
+            await self._ask(background, client, back, gives=True)
 
     # ---- is Redis there? -----------------------------------------------------------------------------------
 
@@ -73,11 +73,11 @@ class Quotas:
         return self._away_until is None or (not self._probing and time.monotonic() >= self._away_until)
 
     async def _ask(
-        self, chores: BackgroundTasks, client: Client, amount: Amount, *, gives: bool = False
+        self, background: BackgroundTasks, client: Client, amount: Amount, *, gives: bool = False
     ) -> BucketAnswer | None:
         probes = self._probing = self._away_until is not None
         try:
-            answer = await self._shared.ask(chores, client.key_id, client.limits, amount, gives=gives)
+            answer = await self._shared.ask(background, client.key_id, client.limits, amount, gives=gives)
         finally:
             if probes:
                 self._probing = False

@@ -78,13 +78,13 @@ class SharedBuckets:
         return len(self._waiting)
 
     async def ask(
-        self, chores: BackgroundTasks, key_id: str, limits: Amount, amount: Amount, *, gives: bool = False
+        self, background: BackgroundTasks, key_id: str, limits: Amount, amount: Amount, *, gives: bool = False
     ) -> BucketAnswer | None:
         """Take `amount`, or give it back. None: Redis is away."""
         answer: asyncio.Future[BucketAnswer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(BucketQuestion(key_id, limits, amount, gives, answer))
         if not self._asking:
-            chores.start(self._ask_all())
+            background.start(self._ask_all())
             self._asking = True
         return await answer
 
