@@ -15,10 +15,6 @@ def check_reserve(call: Reserve) -> None:
         raise InvalidRequest("a reservation must name keys, each once")
     if not 0 < call.ttl_s <= MAX_WAIT_S or not 0 <= call.wait_s <= MAX_WAIT_S:
         raise InvalidRequest(f"ttl_s and wait_s must be in 0 … {MAX_WAIT_S:g} s, ttl_s not 0")
-    if not 0 <= call.tell_s <= MAX_WAIT_S:
-        raise InvalidRequest(f"tell_s must be in 0 … {MAX_WAIT_S:g} s")
-    if call.ends_complete and (call.push_node or not call.write):
-        raise InvalidRequest("ends_complete needs a write lease for this node")
 
 
 def check_wait(call: Wait) -> None:

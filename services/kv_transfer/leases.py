@@ -33,7 +33,6 @@ class Lease:
     origins: dict[int, tuple["Lease", int]] = field(default_factory=dict)  # blocks lent by another lease: whose
     waits: set[Ticket] = field(default_factory=set)
     ends_complete: bool = False  # nobody releases it
-    is_kept: bool = False  # for a request's next turn, when it has ended itself
     push_node: str = ""  # where its blocks are pushed as they are committed
     push_lease: str = ""  # of that node's store
     is_offered: bool = True  # that store has taken the offer, or nothing is pushed
@@ -87,7 +86,6 @@ class Answered(msgspec.Struct, frozen=True):
 
     ticket: Ticket
     answer: Reserved | Ready | BatonError
-    more: bool = False  # another one follows
 
 
 class RevokeAsked(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from services.kv_transfer.leases import (
     PushReady,
     RevokeAsked,
     SessionUnhealthy,
+    Ticket,
 )
 from services.kv_transfer.metrics import KvMetrics
 from services.kv_transfer.sessions import HOST, RANK, WATCH
@@ -81,8 +82,6 @@ class Outside(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KvServer:
-    tells = True  # see messages.Attached
-
     def __init__(self, node: str, store: Store, arena: Arena, metrics: KvMetrics, outside: Outside) -> None:
         self.connections: dict[int, StoreConnection] = {}
         self._node = node
@@ -224,7 +223,6 @@ class KvServer:
             slots=layout.slots,
             node=self._node,
             geometry=geometry,
-            tells=self.tells,
         )
 
     def _ticket(self, connection: StoreConnection, call_id: int) -> tuple[int, int]:
@@ -242,7 +240,7 @@ class KvServer:
         try:
             answer = act()
         finally:
-            if answer is not None and not self._store.is_awaited(ticket):
+            if answer is not None:
                 del connection.pending[ticket[1]]
         return answer
 
@@ -251,7 +249,7 @@ class KvServer:
         before = self._store.written_bytes
         fresh = self._store.commit(who.session, who.rank, body, now)
         # What is kept is no part of a request's time; a push has a span of its own.
-        if lease is not None and not lease.is_kept and not lease.push_node:
+        if lease is not None and not lease.ends_complete and not lease.push_node:
             self._spans.committed(lease, fresh, self._store.written_bytes - before, body.started_ns)
 
     def _loaded(self, who: Attach, body: Loaded) -> None:
@@ -281,7 +279,7 @@ class KvServer:
         if isinstance(event, Bound | Evicted):
             self._outside.key_changed(event.key, isinstance(event, Bound))
         elif isinstance(event, Answered):
-            self._answer(event)
+            self._answer(event.ticket, event.answer)
         elif isinstance(event, PushReady):
             self._outside.push_ready(event.lease, event.position)
         elif isinstance(event, PushBegun):
@@ -306,19 +304,14 @@ class KvServer:
         elif isinstance(event, ArenaCut):
             self._answer_held()
 
-    def _answer(self, event: Answered) -> None:
-        ticket, answer = event.ticket, event.answer
+    def _answer(self, ticket: Ticket, answer: AnyAnswer | BatonError) -> None:
         if not isinstance(ticket, tuple):
             raise TypeError("a ticket of this server was expected")
         connection = self.connections.get(ticket[0])
-        if connection is None:
-            return
-        call_id = connection.pending.get(ticket[1])
-        if not event.more:
-            connection.pending.pop(ticket[1], None)
-        if call_id is not None:
-            shown = Refusal(code=answer.code, message=answer.message) if isinstance(answer, BatonError) else answer
-            connection.send(call_id, shown)
+        if connection is not None and (call_id := connection.pending.pop(ticket[1], None)) is not None:
+            if isinstance(answer, BatonError):
+                answer = Refusal(code=answer.code, message=answer.message)
+            connection.send(call_id, answer)
 
     def _push(self, session: str, body: Revoke | Unhealthy, kind: str, ranks: frozenset[int]) -> None:
         for connection in self._by_session.get(session, ()):

@@ -146,9 +146,7 @@ class Store:
         blocks = self._check_reserve(call)
         missing, room = shortage(call, blocks, self._claims)
         if missing == 0 or (missing <= room and not self._queue):
-            answer = self._grant(session, call, ticket, now)
-            self._end_if_complete(self._leases[call.lease], now)
-            return answer
+            return self._grant(session, call, now)
         if call.wait_s <= 0 or len(self._queue) >= MAX_QUEUED:
             raise KvMemory(f"{missing} blocks are needed and {room} can be had")
         self._queue[call.lease] = Queued(session, call, ticket)
@@ -161,10 +159,11 @@ class Store:
         lease = self._leases.get(call.lease)
         if lease is None:
             lease = self._begin_to_keep(session_id, call, now)
-        elif lease.session != session_id or not lease.is_kept:
+        elif lease.session != session_id or not lease.ends_complete:
             raise InvalidRequest("a lease's id must be new")
-        answer = self._reserved(lease)
-        self._end_if_complete(lease, now)
+        slots, words = self._cut_blocks().shown(lease.blocks, [True] * len(lease.blocks))
+        answer = Reserved(slots=slots, words=words, committed=list(lease.ready))
+        self._end_if_kept(lease, now)
         return answer
 
     def commit(self, session_id: str, rank: int, call: Commit, now: float) -> int:
@@ -184,7 +183,7 @@ class Store:
                 self._bind(lease, position, blocks)
         self.written_bytes += fresh * blocks.layout.slot_bytes
         self._waits.resolve(lease)
-        self._end_if_complete(lease, now)
+        self._end_if_kept(lease, now)
         self._admit(now)
         return fresh
 
@@ -283,16 +282,7 @@ class Store:
             raise KvMemory(f"{MAX_LEASES} leases are held")
         return blocks
 
-    def _grant(self, session: Session, call: Reserve, ticket: Ticket, now: float) -> Reserved:
-        """`ticket`: of the call, which is told when the lease is complete, if it asks for that."""
-        lease = self._begin(session, call, now)
-        lease.ends_complete = call.ends_complete
-        if call.tell_s and not lease.is_complete:
-            self._waits.add(ticket, lease)
-            self._deadlines.set((_WAIT, ticket), now + call.tell_s)
-        return self._reserved(lease)
-
-    def _begin(self, session: Session, call: Reserve, now: float) -> Lease:
+    def _grant(self, session: Session, call: Reserve, now: float) -> Reserved:
         blocks = self._cut_blocks()
         lease = Lease(call.lease, call.request, session.id, call.write, call.keys, call.traceparent)
         lease.push_node, lease.push_lease, lease.is_offered = call.push_node, call.push_lease, not call.push_node
@@ -310,16 +300,8 @@ class Store:
         self._deadlines.set((_LEASE, lease.id), now + call.ttl_s)
         if lease.push_node:
             self._emit(PushBegun(lease.id))
-        return lease
-
-    def _reserved(self, lease: Lease) -> Reserved:
-        visible = [True] * len(lease.blocks) if lease.write else lease.ready
-        slots, words = self._cut_blocks().shown(lease.blocks, visible)
+        slots, words = blocks.shown(found, [True] * len(found) if call.write else lease.ready)
         return Reserved(slots=slots, words=words, committed=list(lease.ready))
-
-    def is_awaited(self, ticket: Ticket) -> bool:
-        """Whether another answer to this call follows."""
-        return ticket in self._waits
 
     def _begin_to_keep(self, session_id: str, call: Keep, now: float) -> Lease:
         session = self.sessions.get(session_id)
@@ -330,12 +312,13 @@ class Store:
         if missing and (self._queue or missing > room):
             self.unkept_blocks += missing
             raise KvMemory(f"{missing} blocks are to be kept, and {0 if self._queue else room} can be had")
-        lease = self._begin(session, reserve, now)
-        lease.ends_complete = lease.is_kept = True
+        self._grant(session, reserve, now)
+        lease = self._leases[call.lease]
+        lease.ends_complete = True
         self.kept_blocks += missing
         return lease
 
-    def _end_if_complete(self, lease: Lease, now: float) -> None:
+    def _end_if_kept(self, lease: Lease, now: float) -> None:
         if lease.ends_complete and lease.missing == 0:
             self._end(lease, now)
 
@@ -360,9 +343,7 @@ class Store:
         for queued in list(self._queue.values()):
             if self._fits(queued.call, blocks, is_first=is_first):
                 self._unqueue(queued.call.lease)
-                answer = self._grant(queued.session, queued.call, queued.ticket, now)
-                self._emit(Answered(queued.ticket, answer, more=self.is_awaited(queued.ticket)))
-                self._end_if_complete(self._leases[queued.call.lease], now)
+                self._answer(queued.ticket, self._grant(queued.session, queued.call, now))
             else:
                 is_first = False
 

@@ -28,9 +28,6 @@ class Waits:
     def __len__(self) -> int:
         return len(self._leases)
 
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._leases
-
     def add(self, ticket: Ticket, lease: Lease) -> None:
         lease.waits.add(ticket)
         self._leases[ticket] = lease

@@ -74,8 +74,6 @@ class KvClient:
         self._on_unhealthy = on_unhealthy or (lambda _reason: None)
         self._on_arena = on_arena or (lambda _attached: None)
         self._pending: dict[int, asyncio.Future[Answer]] = {}
-        self._told: dict[str, tuple[int, asyncio.Future[Answer]]] = {}  # by lease: the call, and its second answer
-        self._to_tell: dict[int, Reserve] = {}  # calls whose first answer is awaited
         self._calls = 0
         self._writer: asyncio.StreamWriter | None = None
         self._first: asyncio.Future[Attached] | None = None
@@ -84,11 +82,6 @@ class KvClient:
     @property
     def pending_calls(self) -> int:
         return len(self._pending)
-
-    @property
-    def ends_complete(self) -> bool:
-        """Whether the store ends leases that are reserved so."""
-        return self.attached is not None and self.attached.tells
 
     async def connect(self, timeout_s: float = 60.0) -> Attached:
         """Attach; from here on the connection is kept. Waits for the store and for a first engine rank of the node.
@@ -120,15 +113,8 @@ class KvClient:
         traceparent: str = "",
         push_node: str = "",
         push_lease: str = "",
-        tell_s: float = 0.0,
-        ends_complete: bool = False,
     ) -> Reserved:
-        """All blocks or KvMemory; see messages.Reserve. Raises KvLost when the store is away.
-
-        With `tell_s`, `ready` hears of the lease. `ends_complete` counts only where the store `tells`; else release it.
-        """
-        if self.attached is None or not self.attached.tells:
-            tell_s, ends_complete = 0.0, False
+        """All blocks or KvMemory; see messages.Reserve. Raises KvLost when the store is away."""
         call = Reserve(
             lease=lease,
             request=request,
@@ -140,8 +126,6 @@ class KvClient:
             traceparent=traceparent,
             push_node=push_node,
             push_lease=push_lease,
-            tell_s=tell_s,
-            ends_complete=ends_complete,
         )
         try:
             return await self._call(call, Reserved, wait_s + CALL_S)
@@ -160,29 +144,6 @@ class KvClient:
         """
         return await self._call(Wait(lease=lease, timeout_s=timeout_s), Ready, timeout_s + CALL_S)
 
-    async def ready(self, lease: str, reserved: Reserved, timeout_s: float) -> Ready:
-        """As `wait`, for a lease that was reserved with `tell_s`: the store says so by itself, if it can."""
-        told = self._told.get(lease)
-        if told is None:
-            if self.attached is not None and self.attached.tells and all(reserved.committed):
-                return Ready(slots=reserved.slots, words=reserved.words, committed=reserved.committed, complete=True)
-            return await self.wait(lease, timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return _checked((await told[1]).body, Ready)
-        except TimeoutError:
-            return await self.wait(lease, 0.0)  # what there is
-        finally:
-            self._forget(lease)
-
-    def _forget(self, lease: str) -> None:
-        call_id, future = self._told.pop(lease, (0, None))
-        if future is not None:
-            future.cancel()
-            self._to_tell.pop(call_id, None)
-            if self._pending.get(call_id) is future:
-                del self._pending[call_id]
-
     async def release(self, lease: str) -> None:
         """Give a lease back. Idempotent; a store that is away has it back already."""
         with contextlib.suppress(KvLost):
@@ -190,7 +151,6 @@ class KvClient:
 
     def release_soon(self, lease: str) -> None:
         """`release` for paths that cannot wait: sent now, the answer is not awaited."""
-        self._forget(lease)
         if self._writer is not None and not self._writer.is_closing():
             self._calls += 1
             self._writer.write(encode(Call(self._calls, Release(lease=lease))))
@@ -220,11 +180,6 @@ class KvClient:
         call_id = self._calls
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._pending[call_id] = future
-        if isinstance(body, Reserve) and body.tell_s:
-            second: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            second.add_done_callback(lambda one: one.cancelled() or one.exception())  # perhaps nobody waits for it
-            self._told[body.lease] = call_id, second
-            self._to_tell[call_id] = body
         try:
             async with asyncio.timeout(timeout_s):
                 writer.write(encode(Call(call_id, body)))
@@ -235,8 +190,7 @@ class KvClient:
         except OSError as error:
             raise KvLost("the connection to the store broke") from error
         finally:
-            if self._pending.get(call_id) is future:
-                del self._pending[call_id]
+            self._pending.pop(call_id, None)
             future.cancel()
         return _checked(answer.body, expect)
 
@@ -281,23 +235,8 @@ class KvClient:
             answer = await _read(reader)
             if isinstance(answer.body, Unhealthy):
                 self._on_unhealthy(answer.body.reason)
-                continue
-            future = self._pending.pop(answer.id, None)
-            if (call := self._to_tell.pop(answer.id, None)) is not None:
-                self._expect_second(answer, call)
-            if future is not None and not future.done():
+            elif (future := self._pending.get(answer.id)) is not None and not future.done():
                 future.set_result(answer)
-
-    def _expect_second(self, first: Answer, call: Reserve) -> None:
-        """Both answers may be here before whoever asked has its turn."""
-        told = self._told.get(call.lease)
-        if told is None:
-            return
-        body = first.body
-        if isinstance(body, Reserved) and (call.push_node or not all(body.committed)):
-            self._pending[first.id] = told[1]
-        else:
-            self._forget(call.lease)
 
     def _disconnected(self, writer: asyncio.StreamWriter | None) -> None:
         self._writer = None
@@ -306,7 +245,6 @@ class KvClient:
         if self.attached is not None:
             self.attached = None
             self._on_arena(None)
-        self._to_tell.clear()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(KvLost("the store went away"))

@@ -61,10 +61,6 @@ class Reserve(Body, frozen=True):
     # and a Wait is complete only when that store has taken the offer.
     push_node: str = ""
     push_lease: str = ""
-    # More than 0: unless the lease is complete at once, `Ready` follows `Reserved` under the same call, as a Wait for
-    # so long would be answered. Only for a store that says `tells`.
-    tell_s: float = 0.0
-    ends_complete: bool = False  # with `write`, not for another node: complete, the lease ends and nobody releases it
 
 
 class Keep(Body, frozen=True):
@@ -128,7 +124,6 @@ class Attached(Body, frozen=True):
     slots: int
     node: str
     geometry: Geometry
-    tells: bool = False  # it knows `Reserve.tell_s` and `ends_complete`
 
 
 class Reserved(Body, frozen=True):

@@ -60,7 +60,6 @@ class _Run:
         self._key = (job.request, job.attempt)
         self._tokens = len(job.tokens) // wire.TOKEN_BYTES
         self._lease = f"{job.request}-{job.attempt}-d-{time.monotonic_ns():x}"
-        self._is_released = False
         self._recomputed = 0
 
     async def go(self) -> None:
@@ -112,7 +111,7 @@ class _Run:
             await self._generate(plan)
         finally:
             context.prompts.drop(self._key)
-            self._release()
+            context.kv.release_soon(self._lease)
 
     async def _reserve(self) -> Reserved | None:
         """None: there is no store, or this model's KV cannot be handed over; the engine computes everything."""
@@ -123,8 +122,7 @@ class _Run:
         geometry = attached.geometry
         keys = block_keys(job.tokens, geometry.block_size, fingerprint=geometry.fingerprint, salt=job.salt)
         try:
-            tell_s = job.handoff_s if job.prefill else 0.0
-            return await reserve(context, self._lease, job.request, keys, write=not job.prefill, tell_s=tell_s)
+            return await reserve(context, self._lease, job.request, keys, write=not job.prefill)
         except KvLost as error:
             log.warning("kv: serving without the store: %s", error.message)
             return None
@@ -174,7 +172,7 @@ class _Run:
         found: Reserved | Ready = slots
         if job.prefill and not all(slots.committed):
             try:
-                found = await context.kv.ready(self._lease, slots, timeout_s=job.handoff_s)
+                found = await context.kv.wait(self._lease, timeout_s=job.handoff_s)
             except KvLost as error:
                 log.warning("kv: the hand-off is lost: %s", error.message)
                 self._recompute(self._tokens)
@@ -220,14 +218,8 @@ class _Run:
                     prompt_sent = True
                     await self._stream.prompt(delta.prompt_logprobs)  # every choice's are the same
                 if progress.saw(delta):
-                    self._release()  # every choice has its prompt's KV in the engine
+                    context.kv.release_soon(self._lease)  # every choice has its prompt's KV in the engine
                 self._stream.delta(delta, self._usage(progress, delta) if progress.ended else None)
-
-    def _release(self) -> None:
-        """Once."""
-        if not self._is_released:
-            self._is_released = True
-            self._context.kv.release_soon(self._lease)
 
     def _usage(self, progress: "_Progress", delta: EngineDelta) -> wire.DecodeUsage:
         self._context.count_prompt(self._tokens, delta)

@@ -13,35 +13,23 @@ from shared.worker.context import WorkerContext
 async def held(
     context: WorkerContext, request: str, attempt: int, keys: list[bytes], *, for_node: str, for_lease: str
 ) -> AsyncIterator[tuple[str, Reserved]]:
-    """All blocks of a prompt to write, for a lease of this or another node, given back on every path out.
+    """All blocks of a prompt to write, for a lease of this or another node, released on every path out.
 
-    For this node the lease ends by itself when all are there. Raises KvMemory or KvLost.
+    Raises KvMemory or KvLost.
     """
     lease = f"{request}-{attempt}-{uuid.uuid4().hex[:8]}"
-    is_near = for_node == context.node
-    where = {"take_from": for_lease} if is_near else {"push_node": for_node, "push_lease": for_lease}
-    slots = await reserve(
-        context, lease, request, keys, write=True, tell_s=context.lease_s, ends_complete=is_near, **where
-    )
-    has_ended = False
+    where = {"take_from": for_lease}
+    if for_node != context.node:
+        where = {"push_node": for_node, "push_lease": for_lease}
+    slots = await reserve(context, lease, request, keys, write=True, **where)
     try:
         yield lease, slots
-        has_ended = is_near and context.kv.ends_complete
     finally:
-        if not has_ended:
-            context.kv.release_soon(lease)
+        context.kv.release_soon(lease)
 
 
 async def reserve(
-    context: WorkerContext,
-    lease: str,
-    request: str,
-    keys: list[bytes],
-    *,
-    write: bool,
-    tell_s: float = 0.0,
-    ends_complete: bool = False,
-    **where: str,
+    context: WorkerContext, lease: str, request: str, keys: list[bytes], *, write: bool, **where: str
 ) -> Reserved:
     """Ask the store, with this worker's limits. Raises KvMemory or KvLost."""
     return await context.kv.reserve(
@@ -52,8 +40,6 @@ async def reserve(
         ttl_s=context.lease_s,
         wait_s=context.reserve_s,
         traceparent=telemetry.traceparent(),
-        tell_s=tell_s,
-        ends_complete=ends_complete,
         **where,
     )
 

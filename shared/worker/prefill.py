@@ -109,7 +109,7 @@ class PrefillHandler:
                     cached = await self._engine(job, plan, cached, pulled.tokens if pulled else 0)
                 # On a device the last blocks are on their way out still; another node's store may not have said yet
                 # that it takes them. Both have shorter deadlines of their own.
-                ready = await context.kv.ready(lease, slots, timeout_s=OFFER_S)
+                ready = await context.kv.wait(lease, timeout_s=OFFER_S)
                 if not ready.complete:
                     raise KvLost("the prompt was computed, but not all of its blocks reached the store")
         finally:

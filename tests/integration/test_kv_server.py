@@ -14,7 +14,7 @@ import pytest
 import uvloop
 import xxhash
 
-from services.kv_transfer.server import KvServer, bind
+from services.kv_transfer.server import bind
 from shared import telemetry
 from shared.errors import InvalidRequest, KvLost, KvMemory, KvMismatch, NoCapacity, SettingsError
 from shared.kv.client import KvClient
@@ -135,102 +135,6 @@ async def test_a_prompt_travels_from_the_prefill_to_the_decode_worker(tmp_path: 
         assert store.metric("baton_kv_written_bytes_total") == 8 * SLOT_BYTES
         assert store.metric("baton_kv_slots", state="cached") == 8
         assert store.changes == [(key, True) for key in prompt]
-
-
-async def test_a_hand_off_is_five_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store says by itself that all is there, and what prefill had ends with it."""
-    calls: list[str] = []
-    called = KvServer.called
-    monkeypatch.setattr(
-        KvServer,
-        "called",
-        lambda server, connection, call: (calls.append(type(call.body).__name__), called(server, connection, call))[1],
-    )
-    async with running_store(tmp_path) as store, workers(store, "p", "d") as (prefill, decode):
-        calls.clear()
-        prompt = keys("1", "2")
-        waiting = await decode.host.reserve(
-            lease="d1", request="r", keys=prompt, write=False, ttl_s=30, tell_s=DEADLINE_S
-        )
-        ready = asyncio.create_task(decode.host.ready("d1", waiting, DEADLINE_S))
-        granted = await prefill.host.reserve(
-            lease="p1",
-            request="r",
-            keys=prompt,
-            write=True,
-            ttl_s=30,
-            take_from="d1",
-            tell_s=30,
-            ends_complete=prefill.host.ends_complete,
-        )
-        await prefill.write("p1", granted, [0, 1])
-        assert (await prefill.host.ready("p1", granted, DEADLINE_S)).complete
-        assert store.store.find_lease("p1") is None
-        found = await ready
-        assert found.complete
-        (rank,) = decode.ranks
-        assert rank.begin_copy("d1", rank.arena)
-        assert [bytes(rank.slot_view(slot)) for slot in found.slots] == [page(b"kv", number, 0) for number in (0, 1)]
-        rank.end_copy("d1")
-        await in_thread(lambda: rank.loaded("d1", blocks=2, failed=0, started_ns=1, ended_ns=2))
-        await decode.host.release("d1")
-        assert sorted(calls) == ["Commit", "Loaded", "Release", "Reserve", "Reserve"]
-        # What is there at once is told at once, and a lease that has nothing to write is over.
-        again = await prefill.host.reserve(
-            lease="p2", request="r", keys=prompt, write=True, ttl_s=30, tell_s=30, ends_complete=True
-        )
-        assert (await prefill.host.ready("p2", again, DEADLINE_S)).complete
-        assert store.store.find_lease("p2") is None
-        assert decode.host.pending_calls == prefill.host.pending_calls == 0
-
-
-async def test_who_is_to_be_told_is_told_of_the_end_too(tmp_path: Path) -> None:
-    async with running_store(tmp_path) as store, workers(store, "p", "d") as (prefill, decode):
-        late = await decode.host.reserve(
-            lease="d1", request="r", keys=keys("1", "2"), write=False, ttl_s=30, tell_s=0.05
-        )
-        assert not (await decode.host.ready("d1", late, 0.05)).complete  # its time is up
-        await decode.host.release("d1")
-        gone = await decode.host.reserve(lease="d2", request="r", keys=keys("1"), write=False, ttl_s=30, tell_s=30)
-        ready = asyncio.create_task(decode.host.ready("d2", gone, 30))
-        await asyncio.sleep(0)
-        store.server.release("d2")
-        with pytest.raises(KvLost):
-            await ready
-        # One that waits for room is told behind its grant.
-        most = [f"x{number}" for number in range(8)]
-        await prefill.host.reserve(lease="p1", request="r", keys=keys(*most), write=True, ttl_s=30)
-        asking = asyncio.create_task(
-            decode.host.reserve(lease="d3", request="r", keys=keys("1"), write=False, ttl_s=30, wait_s=30, tell_s=30)
-        )
-        await store.until(lambda: store.store.gauges()["queued"] == 1, "it waits for room")
-        await prefill.host.release("p1")
-        waiting = await asking
-        granted = await prefill.host.reserve(
-            lease="p2", request="r", keys=keys("1"), write=True, ttl_s=30, take_from="d3", ends_complete=True
-        )
-        await prefill.write("p2", granted, [0])
-        assert (await decode.host.ready("d3", waiting, DEADLINE_S)).complete
-        await decode.host.release("d3")
-
-
-async def test_a_store_that_does_not_tell_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of an older version."""
-    monkeypatch.setattr(KvServer, "tells", False)
-    async with running_store(tmp_path) as store, workers(store, "p", "d") as (prefill, decode):
-        assert not prefill.host.ends_complete
-        waiting = await decode.host.reserve(
-            lease="d1", request="r", keys=keys("1"), write=False, ttl_s=30, tell_s=DEADLINE_S
-        )
-        ready = asyncio.create_task(decode.host.ready("d1", waiting, DEADLINE_S))
-        granted = await prefill.host.reserve(
-            lease="p1", request="r", keys=keys("1"), write=True, ttl_s=30, take_from="d1", ends_complete=True
-        )
-        await prefill.write("p1", granted, [0])
-        assert (await ready).complete
-        assert store.store.find_lease("p1") is not None
-        for worker, lease in ((prefill, "p1"), (decode, "d1")):
-            await worker.host.release(lease)
 
 
 async def test_a_hit_is_pinned_and_readable_at_once(tmp_path: Path) -> None:

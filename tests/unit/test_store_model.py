@@ -37,7 +37,7 @@ class Held:
     words: list[int]
     committed: list[bool]
     is_over: bool = False
-    ends_complete: bool = False  # by itself, when all ranks have written it
+    is_kept: bool = False  # ends by itself when all ranks have written it
     done: set[tuple[int, int]] = field(default_factory=set)  # (position, rank) that were committed
     stopped: set[int] = field(default_factory=set)  # ranks that will never copy under it again
 
@@ -91,11 +91,9 @@ class Clients(RuleBasedStateMachine):
         write=st.booleans(),
         wait_s=st.sampled_from([0.0, 0.0, 2.0, 8.0]),
         ttl_s=st.sampled_from([10.0, 50.0, 500.0]),
-        tell_s=st.sampled_from([0.0, 5.0, 100.0]),
-        ends=st.booleans(),
         data=st.data(),
     )
-    def reserve(self, worker, chain, length, write, wait_s, ttl_s, tell_s, ends, data) -> None:  # noqa: PLR0917 - drawn
+    def reserve(self, worker, chain, length, write, wait_s, ttl_s, data) -> None:  # noqa: PLR0917 - drawn
         if worker not in self.hosts:
             return
         others = sorted(name for name, held in self.held.items() if not held.write)
@@ -109,8 +107,6 @@ class Clients(RuleBasedStateMachine):
             ttl_s=ttl_s,
             wait_s=wait_s,
             take_from=take_from,
-            tell_s=tell_s,
-            ends_complete=write and ends,
         )
         try:
             answer = self.store.reserve(worker, call, call.lease, self.now)
@@ -134,10 +130,9 @@ class Clients(RuleBasedStateMachine):
         except KvMemory:
             pass
         else:
-            as_reserve = Reserve(
-                lease=call.lease, request="r", keys=call.keys, write=True, ttl_s=1.0, ends_complete=True
-            )
+            as_reserve = Reserve(lease=call.lease, request="r", keys=call.keys, write=True, ttl_s=1.0)
             self.granted(worker, as_reserve, answer)
+            self.held[call.lease].is_kept = True
         self.hear()
 
     @precondition(lambda self: self.held)
@@ -166,7 +161,7 @@ class Clients(RuleBasedStateMachine):
     def write_it_all(self, data) -> None:
         name, held = self.some_lease(data)
         positions = [p for p in range(len(held.keys)) if not held.committed[p]]
-        if held.is_over or held.ends_complete or not held.write or held.stopped or not positions:
+        if held.is_over or held.is_kept or not held.write or held.stopped or not positions:
             return
         for rank in range(RANKS):
             for slot, position in ((held.slots[p] + rank, p) for p in positions):
@@ -319,23 +314,13 @@ class Clients(RuleBasedStateMachine):
             elif isinstance(event, Answered):
                 worker, call = self.queued.pop(str(event.ticket))
                 if isinstance(event.answer, Reserved):
-                    assert event.more == (call.tell_s > 0 and not all(event.answer.committed))
                     self.granted(worker, call, event.answer)
 
     def granted(self, worker: str, call: Reserve, answer: Reserved) -> None:
         stopped = set(range(RANKS)) - self.alive.get(worker, set())
         self.held[call.lease] = Held(
-            worker,
-            call.keys,
-            call.write,
-            answer.slots,
-            answer.words,
-            answer.committed,
-            ends_complete=call.ends_complete,
-            stopped=stopped,
+            worker, call.keys, call.write, answer.slots, answer.words, answer.committed, stopped=stopped
         )
-        if call.tell_s and not all(answer.committed):
-            self.waits[call.lease] = call.lease
 
     def waited(self, ticket: str, answer: object) -> None:
         held = self.held[self.waits.pop(ticket)]
